@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['atomic_path', 'write_text', 'write_json', 'write_jsonl', 'sha256', 'text_sha256', 'check_name']
 
-# %% ../nbs/00_files.ipynb #6439cec7
+# %% ../nbs/00_files.ipynb #a00d54ce
 import gzip, hashlib, json, os, re, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00_files.ipynb #beaa6074
+# %% ../nbs/00_files.ipynb #15bbda11
 @contextmanager
 def atomic_path(
     path: str | Path,  # the final name; its folder is made when it is missing
@@ -28,7 +28,7 @@ def atomic_path(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_files.ipynb #e4a4e649
+# %% ../nbs/00_files.ipynb #53d30e3d
 def write_text(path: str | Path, text: str):
     "Write `text` (UTF-8; gzip where the name ends in `.gz`) to `path`, whole or not at all."
     with atomic_path(path) as f:
@@ -48,7 +48,7 @@ def write_jsonl(path: str | Path, rows):
         if out is not raw: out.close()
     return n
 
-# %% ../nbs/00_files.ipynb #5c8b8404
+# %% ../nbs/00_files.ipynb #663eb220
 def sha256(path: str | Path) -> str:
     "Hex SHA-256 of a file, or of a folder (its files' relative names and hashes, sorted)."
     path = Path(path)
@@ -61,7 +61,7 @@ def text_sha256(text: str) -> str:
     "Hex SHA-256 of a text's UTF-8 bytes."
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
-# %% ../nbs/00_files.ipynb #fbdec753
+# %% ../nbs/00_files.ipynb #ef8454c1
 def check_name(name: str, what: str = 'run name') -> str:
     "`name`, if it is a plain file name of letters, digits, `.`, `_`, `-` (at most 100, not starting with `.` or `-`); else ValueError."
     if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._-]{0,99}', name):
