@@ -47,7 +47,7 @@ def closest(name: str, names) -> str:
     near = difflib.get_close_matches(name.replace('-', '_'), list(plain), n=1, cutoff=.5)
     return f'did you mean {plain[near[0]]!r}?' if near else 'there are: ' + (', '.join(sorted(names)) or 'none')
 
-# %% ../nbs/09_runs.ipynb #d96d75f5
+# %% ../nbs/09_runs.ipynb #efc0f62b
 def check_value(
     name: str,  # the parameter's name, for the error
     value,  # text or an already typed value
@@ -74,6 +74,7 @@ def _json(text: str):
 
 def kind_name(kind) -> str:
     "A type annotation as a user reads it."
+    if typing.get_origin(kind) is typing.Literal: return ' | '.join(map(str, typing.get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not hasattr(kind, '__args__') else str(kind).replace('typing.', '')
 
 # %% ../nbs/09_runs.ipynb #78f96c5c
@@ -474,7 +475,7 @@ def run_notebook(
     log.unlink(missing_ok=True)
     return kept
 
-# %% ../nbs/09_runs.ipynb #2403c2dd
+# %% ../nbs/09_runs.ipynb #da07cd87
 def _execute(notebook: Path, output: Path, values: dict, out):
     "papermill, with its errors as one line each."
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
@@ -492,4 +493,5 @@ def _execute(notebook: Path, output: Path, values: dict, out):
         reason = f'{e.ename}: {e.evalue}'.strip().splitlines()[0][:500]
         raise RunError(f'{notebook.name}, cell {e.exec_count}: {reason} (kept: {output})') from None
     except (DeadKernelError, RuntimeError) as e:  # RuntimeError: it never came up
-        raise RunError(f'{notebook.name}: the kernel died, perhaps out of memory ({e}; its messages: {output.parent/".kernel.log"})') from None
+        log = output.parent/'.kernel.log'
+        raise RunError(f'{notebook.name}: the kernel died, perhaps out of memory ({e}; kept: {output}, {log})') from None

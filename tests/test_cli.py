@@ -77,12 +77,14 @@ def home(tmp_path_factory):
     cells = [new_code_cell(parameters, metadata={'tags': ['parameters']}), new_code_cell(NOTEBOOK)]
     nbformat.write(new_notebook(cells=cells), home/'nbs'/'runs'/'tiny_report.ipynb')
     nbformat.write(new_notebook(cells=[new_code_cell('epochs = 2')]), home/'nbs'/'runs'/'untagged.ipynb')
-    train = [question(i, *pair) for i, pair in enumerate([('Bern', 'Switzerland'), ('Lyon', 'France'), ('Turin', 'Italy'), ('Antananarivo', 'Madagascar')])]
+    pairs = [('Bern', 'Switzerland'), ('Lyon', 'France'), ('Turin', 'Italy'), ('Antananarivo', 'Madagascar')]
+    train = [question(i, *pair) for i, pair in enumerate(pairs)]
     write(home/'train.jsonl', train)
     write(home/'test.jsonl', [question(10, 'Oslo', 'Norway'), question(11, 'Quito', 'Ecuador')])
     write(home/'leak.jsonl', [question(12, 'Bern', 'Switzerland'), question(13, 'Quito', 'Ecuador')])
     write(home/'bad.jsonl', [train[0], {**train[1], 'graph': [['Lyon', 'country']]}, train[2]])
-    write(home/'pred.jsonl', [{'id': '1', 'prediction': ['Paris'], 'answer': ['Paris']}, {'id': '2', 'prediction': 'Oslo', 'answer': ['Rome', 'Bern']}])
+    write(home/'pred.jsonl', [{'id': '1', 'prediction': ['Paris'], 'answer': ['Paris']},
+                              {'id': '2', 'prediction': 'Oslo', 'answer': ['Rome', 'Bern']}])
     write(home/'badpred.jsonl', [{'id': '1', 'prediction': 3, 'answer': ['Paris']}])
     return home
 
@@ -108,6 +110,11 @@ def script(home, *words, **env):
     "The real console script."
     return subprocess.run([Path(sys.executable).parent/'drag', *words], cwd=home, capture_output=True, text=True, timeout=60,
                           env={**os.environ, 'DRAG_HOME': str(home), **env})
+
+
+def start(home, *words, **env):
+    env = {**os.environ, 'DRAG_HOME': str(home), **env}
+    return subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def one_line(err, *parts):
@@ -139,7 +146,7 @@ def test_console_script_exit_codes(home):
 @pytest.mark.parametrize('words', ['', 'data', 'data audit', 'data world', 'data convert', 'data split', 'train', 'train tiny', 'run',
                                    'runs', 'compare', 'eval', 'score', 'bench', 'doctor'])
 def test_help_on_every_level(drag, words):
-    if words in ('data world', 'data convert'): pytest.importorskip('drag_lib.world'), pytest.importorskip('drag_lib.graphs')
+    if words == 'data world': pytest.importorskip('drag_lib.world')
     code, out, err = drag(f'{words} --help')
     assert (code, err) == (0, '') and out.startswith('Usage: drag ' + words), out
 
@@ -177,6 +184,7 @@ def test_help_names_the_fields(drag):
     ('data audit train.jsonl test.jsonl --max across/near_duplicates', 'FIGURE=LIMIT'),
     ('data split --out parts', 'IN'),
     ('data split train.jsonl --out parts --bye topic', "'by'"),
+    ('data split train.jsonl --out parts --by colour', 'topic'),
     ('bench retreiver', "'retriever'"),
 ])
 def test_wrong_usage(drag, line, part):
@@ -196,7 +204,6 @@ def test_wrong_usage(drag, line, part):
     ('score badpred.jsonl', 'badpred.jsonl:1: prediction'),
     ('data audit train.jsonl bad.jsonl', 'bad.jsonl:2: graph'),
     ('data audit train.jsonl nowhere.jsonl', 'nowhere.jsonl'),
-    ('data split train.jsonl --out parts --by colour', 'colour'),
 ])
 def test_failures(drag, home, line, part):
     code, out, err = drag(line)
@@ -244,21 +251,19 @@ def test_config_file_and_its_mistakes(drag, home):
 
 def test_kill_and_resume(drag, home):
     words = [sys.executable, 'drag.py', 'train', 'tiny', '--train', 'train.jsonl', '--run', 'killed', '--epochs', '3']
-    child = subprocess.Popen(words, cwd=home, env={**os.environ, 'DRAG_HOME': str(home), 'SECONDS_A_STEP': '30'}, stdout=subprocess.PIPE, text=True)
+    child = start(home, *words, SECONDS_A_STEP='30')
     assert child.stdout.readline() == 'training killed\n'
     one_line(drag('train tiny --run killed --resume')[2], f'pid {child.pid}')
     assert list_runs().set_index('name').status['killed'] == 'running'
     child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    child.communicate(timeout=20)
     assert list_runs().set_index('name').status['killed'] == 'interrupted'
     assert drag('train tiny --run killed --resume')[0] == 0 and load_run('killed').manifest['status'] == 'done'
 
 
 def test_interrupt_is_130_and_resumable(home):
     words = [sys.executable, 'drag.py', 'train', 'tiny', '--train', 'train.jsonl', '--run', 'interrupted']
-    child = subprocess.Popen(words, cwd=home, env={**os.environ, 'DRAG_HOME': str(home), 'SECONDS_A_STEP': '30'}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+    child = start(home, *words, SECONDS_A_STEP='30')
     assert child.stdout.readline() == 'training interrupted\n'
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=20)
@@ -267,11 +272,12 @@ def test_interrupt_is_130_and_resumable(home):
 
 
 def test_torchrun_makes_one_run_and_prints_once(home):
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', 'drag.py', 'train', 'tiny', '--train', 'train.jsonl', '--json']
+    words = [sys.executable, *'-m torch.distributed.run --nproc_per_node 2 drag.py train tiny --train train.jsonl --json'.split()]
     before = set((home/'checkpoints').glob('tiny-*')) if (home/'checkpoints').exists() else set()
-    done = subprocess.run(words, cwd=home, env={**os.environ, 'DRAG_HOME': str(home), 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)['rank'] == 0
+    child = start(home, *words, OMP_NUM_THREADS='1')
+    out, err = child.communicate(timeout=90)
+    assert child.returncode == 0, err
+    assert json.loads(out)['rank'] == 0
     made = set((home/'checkpoints').glob('tiny-*')) - before
     assert len(made) == 1 and json.loads((made.pop()/'manifest.json').read_text())['world_size'] == 2
 
@@ -297,7 +303,7 @@ def test_notebook_failure_is_one_line_and_kept(home):
 
 def test_notebook_output_is_live_and_interrupt_ends_its_kernel(home):
     words = [Path(sys.executable).parent/'drag', 'run', 'tiny-report', '-p', 'seconds', '60', '--run', 'live']
-    child = subprocess.Popen(words, cwd=home, env={**os.environ, 'DRAG_HOME': str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start(home, *words)
     assert child.stdout.readline() == 'epoch 1/2\n'
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
@@ -306,6 +312,15 @@ def test_notebook_output_is_live_and_interrupt_ends_its_kernel(home):
         if list_status(home, 'live') != 'running': break
         time.sleep(.2)
     assert list_status(home, 'live') in ('failed', 'interrupted')
+
+
+def test_dead_kernel_is_one_line(home):
+    parameters = new_code_cell('run = None', metadata={'tags': ['parameters']})
+    dies = "import os\nfrom drag_lib.runs import start_run\nstart_run(run, {}, method='dies')\nos._exit(9)"
+    nbformat.write(new_notebook(cells=[parameters, new_code_cell(dies)]), home/'nbs'/'runs'/'dies.ipynb')
+    done = script(home, 'run', 'dies', '--run', 'dead')
+    assert done.returncode == 1 and 'the kernel died' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    assert list_status(home, 'dead') == 'interrupted'
 
 
 def list_status(home, name):
@@ -346,7 +361,6 @@ def test_split(drag, home):
 
 
 def test_convert(drag, home):
-    pytest.importorskip('drag_lib.graphs')
     code, out, err = drag('data convert train.jsonl --out out.jsonl.gz --json')
     assert code == 0 and json.loads(out) == {'n': 4}
     code, out, err = drag('data convert bad.jsonl --out bad.jsonl.gz')
