@@ -124,7 +124,7 @@ def _app(debug: Annotated[bool, typer.Option('--debug', help='Show the traceback
 
 def _wants_help(words) -> bool: return any(w in ('--help', '-h') for w in words)
 
-# %% ../nbs/10_cli.ipynb #ad1d9fb4
+# %% ../nbs/10_cli.ipynb #3cbf3ef8
 DATA = {  # command -> module and function, those it passes options on to, usage, renamed parameters
     'world': ('drag_lib.world', 'write_world', ('drag_lib.world', 'build_world'), '--out DIR [options]', {}),
     'convert': ('drag_lib.records', 'convert_questions', ('drag_lib.graphs', 'extract_subgraphs'), 'IN --out F.jsonl.gz [options]', {}),
@@ -133,7 +133,7 @@ _json_option = _Option(bool, False, 'print one flat JSON object')
 
 def _data_options(function, passed_on, renamed: dict) -> dict[str, _Option]:
     "Options of a data command: the function's, and the ones with a default of the function that it passes options on to."
-    more = options_of(_library(*passed_on)) if passed_on else {}
+    more = options_of(_library(*passed_on), ('encoder',)) if passed_on else {}  # an encoder is an object: from Python only
     options = {k: o for k, o in more.items() if o.default is not inspect.Parameter.empty} | options_of(function) | {'json': _json_option}
     if options.pop('skipped', None): options['skip_bad'] = _Option(bool, False, 'skip, count and report malformed records')
     back = {old: new for new, old in renamed.items()}

@@ -47,7 +47,7 @@ def closest(name: str, names) -> str:
     near = difflib.get_close_matches(name.replace('-', '_'), list(plain), n=1, cutoff=.5)
     return f'did you mean {plain[near[0]]!r}?' if near else 'there are: ' + (', '.join(sorted(names)) or 'none')
 
-# %% ../nbs/09_runs.ipynb #efc0f62b
+# %% ../nbs/09_runs.ipynb #5cd16079
 def check_value(
     name: str,  # the parameter's name, for the error
     value,  # text or an already typed value
@@ -75,7 +75,7 @@ def _json(text: str):
 def kind_name(kind) -> str:
     "A type annotation as a user reads it."
     if typing.get_origin(kind) is typing.Literal: return ' | '.join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, '__args__') else str(kind).replace('typing.', '')
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, '__args__') else str(kind).replace('typing.', '').replace('pathlib.', '')
 
 # %% ../nbs/09_runs.ipynb #78f96c5c
 _packages = ('drag_lib torch transformers torch_geometric peft accelerate datasets sentence-transformers tokenizers safetensors '
