@@ -171,7 +171,7 @@ def _walk(kg, topics, weight, steps, restart, beam):
     fact, where = np.unique(np.concatenate(met), return_inverse=True)
     return fact, np.bincount(where, np.concatenate(flows))
 
-# %% ../nbs/02_graphs.ipynb #63db8a3d
+# %% ../nbs/02_graphs.ipynb #78d9aaf6
 def _grow(kg, topics, fact, flow, budget):
     "At most `budget` of the facts, heaviest first among those connected to the topics so far."
     if len(fact) > 8*budget:
@@ -205,7 +205,7 @@ def extract_subgraphs(
     progress: str | None = None,
 ) -> list[list[tuple[str, str, str]]]:
     "Each question's subgraph as triples, in the graph's order. A topic that is not in the graph raises ValueError naming the question."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     weights = relation_weights(kg, questions, topics, encoder, beta, gamma, progress and f'{progress}: questions')
     out = []
     for q, names, weight in zip(tqdm(questions, desc=progress, unit='question', disable=progress is None), topics, weights):
@@ -300,7 +300,7 @@ class Names:
         ptr = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
         return cls(torch.frombuffer(bytearray(b''.join(rows) or b'\0'), dtype=torch.uint8), ptr)
 
-# %% ../nbs/02_graphs.ipynb #c609ba69
+# %% ../nbs/02_graphs.ipynb #af00a5cf
 LABEL_SOURCES = ('none', 'gold paths', 'shortest paths')
 
 class Batch(NamedTuple):
@@ -342,13 +342,18 @@ class PackedQuestions:
                      self.topic[nodes], self.answer[nodes], self.gold[facts], self.label[facts],
                      None if tokens is None else self.tokens[tokens], token_ptr, None if self.sentence is None else self.sentence[question])
 
+    def ends(self) -> tuple[Tensor, Tensor]:  # [n_facts] each
+        "Head and tail of all facts as node numbers of the whole data set."
+        shift = self.node_ptr[:-1][group_index(self.fact_ptr)]
+        return self.head + shift, self.tail + shift
+
     def triples(self, i: int) -> list[tuple[str, str, str]]:
         "Question i's facts as names, in order."
         at, node = slice(self.fact_ptr[i], self.fact_ptr[i+1]), self.entity[self.node_ptr[i]:self.node_ptr[i+1]]
         e = [self.entities[n] for n in node.tolist()]
         return [(e[h], self.relations[r], e[t]) for h, r, t in torch.stack([self.head[at], self.rel[at], self.tail[at]], 1).tolist()]
 
-# %% ../nbs/02_graphs.ipynb #40a60e74
+# %% ../nbs/02_graphs.ipynb #7c2aedff
 def pack_questions(
     records: Iterable,  # QuestionRecord, or anything with its fields
     max_hops: int = 4,  # of the shortest paths that become labels
@@ -356,7 +361,7 @@ def pack_questions(
     progress: str | None = None,
 ) -> PackedQuestions:
     "Number, flatten and label a data set. Facts stated twice in one record are kept once."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     entity, relation = {}, {r: i for i, r in enumerate(relations or ())}
     columns = {k: [] for k in ('facts', 'gold', 'entity', 'slot', 'answer', 'n_answers', 'id', 'question')}
     patterns = []
@@ -387,8 +392,7 @@ def pack_questions(
 def _label(packed, slot, patterns, max_hops):
     "Set `label` and `label_source` of freshly packed questions."
     q = group_index(packed.fact_ptr)
-    shift = packed.node_ptr[:-1][q]
-    head, tail = packed.head + shift, packed.tail + shift
+    head, tail = packed.ends()
     has = lambda facts: torch.zeros(len(packed), dtype=torch.bool).index_put_((q[facts],), torch.tensor(True))
     by_path = packed.gold.clone()
     if patterns: by_path |= pattern_facts(head, packed.rel, tail, packed.fact_ptr, packed.topic, packed.answer, patterns)

@@ -225,7 +225,7 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #65e9386e
+# %% ../nbs/07_training.ipynb #f3cfd660
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items; shuffled anew each epoch
@@ -262,6 +262,7 @@ class _Items(torch.utils.data.Dataset):
 def _arguments(config, run, each, accumulate, updates):
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     when = 'epoch' if config.eval_every is None else 'steps'
+    if config.track == 'tensorboard': os.environ['TENSORBOARD_LOGGING_DIR'] = str(run.folder/'tensorboard')
     return TrainingArguments(
         output_dir=str(run.folder/'training'), num_train_epochs=config.epochs,
         per_device_train_batch_size=each, gradient_accumulation_steps=accumulate, learning_rate=config.learning_rate,
