@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Share', 'Phase1Config', 'load_questions', 'Phase1', 'trainable_questions', 'average_precision', 'retrieval_report',
-           'count_failed', 'crossfit', 'build_retriever', 'train_phase1', 'load_retriever', 'evaluate_phase1',
-           'control_scores', 'fact_rows']
+           'count_failed', 'crossfit', 'draw_phase1', 'telling_question', 'build_retriever', 'train_phase1',
+           'load_retriever', 'evaluate_phase1', 'control_scores', 'fact_rows']
 
-# %% ../nbs/08_drag.ipynb #8ef31e1f
+# %% ../nbs/08_drag.ipynb #3c396fd0
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,12 +20,13 @@ from transformers import set_seed
 
 from .files import write_json, write_jsonl
 from .graphs import Batch, PackedQuestions, add_question_vectors, group_index, pack_questions, summary
-from .metrics import brier, expected_calibration_error, fit_temperature, retrieval_metrics, segment_ranks, selection_metrics
+from .metrics import brier, expected_calibration_error, fit_temperature, plot_reliability, retrieval_metrics, segment_ranks, selection_metrics
 from .records import iter_questions
+from .plots import plot_recall, plot_subgraph, plot_training, save_figure
 from .retriever import Retriever, cosine_scores, relation_vectors, retrieval_loss, score_facts, select_facts, sum_at
-from .runs import RunError, load_run, project_path, start_run
+from .runs import Run, RunError, load_run, project_path, start_run
 from .text_encoder import TextEncoder
-from .training import Positive, TrainConfig, TrainingError, fit, save_weights
+from .training import Positive, TrainConfig, TrainingError, fit
 
 # %% ../nbs/08_drag.ipynb #e7d02f1e
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -135,7 +136,29 @@ def crossfit(packed: PackedQuestions, logits: Tensor) -> Tensor:  # [n_facts] lo
         out[half == h] = logits[half == h]/t + b
     return out
 
-# %% ../nbs/08_drag.ipynb #51ab1850
+# %% ../nbs/08_drag.ipynb #d8223814
+def draw_phase1(run: Run, packed: PackedQuestions, logits: Tensor, temperature: float, controls: dict[str, Tensor], show: bool = False) -> list[Path]:
+    "Draw a run's plots on the questions `packed` into `figures/<run>/`; `show`: leave the figures open, for a notebook."
+    import matplotlib.pyplot as plt
+    ranked = {'trained': logits, **controls}
+    figures = {'training': plot_training(run.read_log(), ('bce', 'rank'), ('fact_recall', 'fact_precision', 'map'), run.name),
+               'recall': plot_recall({name: retrieval_report(packed, s, probability=False) for name, s in ranked.items()}, run.name)}
+    figures['reliability'], axes = plt.subplots(1, 2, figsize=(7, 3.2), layout='constrained')
+    plot_reliability(logits.sigmoid(), packed.label, axes[0], f'{run.name}: before')
+    plot_reliability((logits/temperature).sigmoid(), packed.label, axes[1], f'after temperature {temperature:.2f}')
+    i = telling_question(packed)
+    facts, nodes = slice(packed.fact_ptr[i], packed.fact_ptr[i+1]), slice(packed.node_ptr[i], packed.node_ptr[i+1])
+    named = lambda mark: {packed.entities[e] for e, m in zip(packed.entity[nodes].tolist(), mark[nodes].tolist()) if m}
+    figures['subgraph'] = plot_subgraph(packed.triples(i), (logits[facts]/temperature).sigmoid().tolist(), packed.label[facts].tolist(),
+                                        named(packed.topic), named(packed.answer), f'{run.name}: {packed.questions[i]}')
+    return [save_figure(fig, run.figures/f'{name}.png', close=not show) for name, fig in figures.items()]
+
+def telling_question(packed: PackedQuestions) -> int:
+    "The first question with the most labelled facts up to eight: enough of a path to see, few enough to read."
+    n = sum_at(group_index(packed.fact_ptr), packed.label.long(), len(packed))
+    return int(torch.where(n <= 8, n, -1).argmax())
+
+# %% ../nbs/08_drag.ipynb #df14113d
 def build_retriever(config: Phase1Config, encoder: TextEncoder) -> Retriever:
     "An untrained retriever, the same for the same seed."
     set_seed(config.seed)
@@ -145,6 +168,7 @@ def train_phase1(
     config: Phase1Config, *,
     run: str | None = None,  # its name; None: one made of the date
     resume: bool = False,  # go on with the run of this name
+    plots: bool = True,  # draw them when training is done
 ) -> dict:
     "Train the retriever as a run; returns its flat metrics on the validation questions. Raises TrainingError, RecordError, RunError."
     data = {role: project_path(path) for role in ('train', 'val') if project_path(path := getattr(config, role)).exists()}
@@ -167,8 +191,10 @@ def train_phase1(
         temperature, bias = fit_temperature(logits, val.label)
         report = retrieval_report(val, logits, temperature=temperature, **selection)
         report |= {'ece': expected_calibration_error(crossfit(val, logits).sigmoid(), val.label), 'ece_uncalibrated': expected_calibration_error(logits.sigmoid(), val.label)}
-        if r.writes: write_json(r.folder/'retriever.json', {'encoder': config.encoder, 'text_width': encoder.width, 'dim': config.dim,
-                                'n_layers': config.n_layers, 'temperature': temperature, **selection, 'max_hops': config.max_hops})
+        if r.writes:
+            write_json(r.folder/'retriever.json', {'encoder': config.encoder, 'text_width': encoder.width, 'dim': config.dim,
+                       'n_layers': config.n_layers, 'temperature': temperature, **selection, 'max_hops': config.max_hops})
+            if plots: draw_phase1(r, val, logits, temperature, {'untrained': score_facts(build_retriever(config, encoder), val, relations)})
         counts = {'n_train': len(train), 'n_train_unlabelled': len(train) - len(items), 'n_train_malformed': len(bad)}
         counts |= {f'train_{k}': v for k, v in summary(train).items() if k.startswith(('labels_', 'answer_coverage'))}
         return r.finish(count_failed(report, len(bad_val)) | told | counts | {'temperature': temperature})

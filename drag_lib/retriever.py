@@ -6,19 +6,18 @@
 __all__ = ['RetrieverOutput', 'sum_at', 'Retriever', 'fact_embeddings', 'relation_vectors', 'pairwise_hinge', 'retrieval_loss',
            'select_facts', 'score_facts', 'cosine_scores']
 
-# %% ../nbs/06_retriever.ipynb #e8e3f115
-import math
+# %% ../nbs/06_retriever.ipynb #10af4758
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graphs import Batch, PackedQuestions, group_index, group_members
+from .graphs import Batch, PackedQuestions, group_index
 from .metrics import segment_ranks
 from .text_encoder import TextEncoder, spell_out
 
-# %% ../nbs/06_retriever.ipynb #13af772c
+# %% ../nbs/06_retriever.ipynb #a6a16f22
 class RetrieverOutput(NamedTuple):
     "What the network says of a batch; `fact_embeddings` makes the D-RAG fact vectors of chosen facts from it."
     logits: Tensor  # [n_facts] log-odds that a fact is relevant
@@ -28,6 +27,7 @@ class RetrieverOutput(NamedTuple):
 
 def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:
     "Sum rows of `values` [m, ...] that share an index, into [n, ...]."
+    if values.dtype in (torch.bfloat16, torch.float16): values = values.float()  # a sum of many: keep its precision
     return values.new_zeros(n, *values.shape[1:]).index_add_(0, index, values)
 
 class Retriever(nn.Module):
@@ -63,39 +63,38 @@ class Retriever(nn.Module):
     ) -> RetrieverOutput:
         "Logits of all facts. Raises ValueError where the batch has no question vectors."
         if batch.tokens is None: raise ValueError('the questions have no vectors: call add_question_vectors first')
-        n_questions, n_nodes = len(batch.question), len(batch.topic)
-        of_fact, of_node = group_index(batch.fact_ptr), group_index(batch.node_ptr)
-        key, pair = torch.unique(of_fact*len(relation_vectors) + batch.rel, return_inverse=True)
+        n_nodes = len(batch.topic)
+        key, pair = torch.unique(group_index(batch.fact_ptr)*len(relation_vectors) + batch.rel, return_inverse=True)
         of_pair, vector = key // len(relation_vectors), relation_vectors[key % len(relation_vectors)]
         relation, question = self.read(vector), self.read(batch.sentence)
         tokens, mask = self._padded(self.dropout(self.read(batch.tokens)), batch.token_ptr)
         similarity = F.cosine_similarity(batch.sentence.to(vector.dtype)[of_pair], vector)
 
-        ones = torch.ones(len(batch.head), device=relation.device, dtype=relation.dtype)
-        degree = (sum_at(batch.head, ones, n_nodes) + sum_at(batch.tail, ones, n_nodes)).clamp_min(1)[:, None]
-        outward, inward = self.context(relation).chunk(2, -1)
-        around = sum_at(batch.head, outward.index_select(0, pair), n_nodes) + sum_at(batch.tail, inward.index_select(0, pair), n_nodes)
+        # A fact is two edges. What pairs send and nodes receive lies in two rows, forwards (even) and backwards (odd).
+        source, edge = torch.cat([batch.head, batch.tail]), torch.cat([2*pair, 2*pair + 1])
+        target = torch.cat([2*batch.tail, 2*batch.head + 1])
+        degree = sum_at(source, torch.ones_like(source, dtype=self.topic.dtype), n_nodes).clamp_min(1)[:, None]
+        around = sum_at(source, self.context(relation).view(-1, self.dim).index_select(0, edge), n_nodes)
         nodes = self.first_norm(around/degree) + batch.topic[:, None]*self.topic
 
         topics = batch.topic.nonzero()[:, 0]
-        n_topics = sum_at(of_node[topics], torch.ones_like(topics, dtype=nodes.dtype), n_questions).clamp_min(1)[:, None]
-        instruction, seen = torch.zeros_like(question), [relation, question[of_pair]]
+        first_topic, scale = torch.searchsorted(topics, batch.node_ptr[:-1]), degree.rsqrt()
+        instruction, seen = torch.zeros_like(question), [relation, question.index_select(0, of_pair)]
         for k in range(self.n_layers):
-            at_topics = sum_at(of_node[topics], nodes.index_select(0, topics), n_questions)/n_topics
+            at_topics = F.embedding_bag(topics, nodes, first_topic, mode='mean')  # zeros where a question has none
             ask = self.query[k](torch.cat([question, instruction, at_topics], -1))
-            attention = torch.einsum('qd,qtd->qt', ask, tokens)/math.sqrt(self.dim)
-            instruction = torch.einsum('qt,qtd->qd', attention.masked_fill(~mask, -torch.inf).softmax(-1), tokens)
-            here = instruction[of_pair]
-            forwards, backwards = F.relu(self.match[k](torch.cat([relation, here, relation*here], -1))).chunk(2, -1)
-            sent = F.relu(self.send[k](nodes))
-            message = lambda gate, source, target: sum_at(target, gate.index_select(0, pair)*sent.index_select(0, source), n_nodes)/degree.sqrt()
-            received = torch.cat([nodes, message(forwards, batch.head, batch.tail), message(backwards, batch.tail, batch.head)], -1)
-            nodes = self.norm[k](nodes + self.dropout(F.relu(self.update[k](received))))
+            instruction = F.scaled_dot_product_attention(ask[:, None], tokens, tokens, mask[:, None])[:, 0]
+            here = instruction.index_select(0, of_pair)
             seen += [here, relation*here]
+            gate = F.relu(self.match[k](torch.cat([relation, *seen[-2:]], -1))).view(-1, self.dim)
+            sent = F.relu(self.send[k](nodes))
+            message = gate.index_select(0, edge)*sent.index_select(0, source)
+            received = sum_at(target, message, 2*n_nodes).view(n_nodes, -1)*scale
+            nodes = self.norm[k](nodes + self.dropout(F.relu(self.update[k](torch.cat([nodes, received], -1)))))
 
         relations = F.relu(self.relation(self.dropout(torch.cat(seen, -1))))
         logits = self._score(nodes, relations, pair, batch) + (self.similarity_scale*similarity)[pair]
-        return RetrieverOutput(logits, nodes, relations, pair)
+        return RetrieverOutput(logits.float(), nodes, relations, pair)
 
     def _padded(self, flat, ptr):
         "Flat token states [n_tokens, dim] as [Q, longest, dim] with the mask [Q, longest] of real tokens."

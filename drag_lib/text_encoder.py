@@ -36,7 +36,7 @@ def _load(name: str, device: str):
     model = SentenceTransformer(str(minilm_folder()) if name == 'minilm' else name, device=device)
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/05_text_encoder.ipynb #26787e1d
+# %% ../nbs/05_text_encoder.ipynb #41dca278
 @dataclass
 class TextEncoder:
     "Frozen sentence encoder with a cache on disk. `name`: 'minilm', or a sentence-transformers hub id or folder."
@@ -77,8 +77,10 @@ class TextEncoder:
         ptr = torch.tensor([0] + [len(v) for v in found]).cumsum(0)
         return torch.from_numpy(np.concatenate(found)) if texts else torch.zeros(0, self.width, dtype=torch.float16), ptr
 
+    def _key(self, kind, text): return text_sha256(f'{self.fingerprint} {kind} {text}')
+
     def _vectors(self, texts, kind, progress):
-        keys = [text_sha256(f'{self.fingerprint} {kind} {t}') for t in texts]
+        keys = [self._key(kind, t) for t in texts]
         with self._open() as db:
             known = {}
             for i in range(0, len(keys), 500):
@@ -92,7 +94,7 @@ class TextEncoder:
 
     def _compute(self, new: dict[str, str], kind, progress):
         "Yield parts of [(key, bytes)], longest texts first so that a batch holds texts of one length."
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
         todo = sorted(new.items(), key=lambda kt: -len(kt[1]))
         self.n_encoded += len(todo)
         with tqdm(total=len(todo), desc=progress, unit='text', disable=progress is None or not todo) as bar:
@@ -100,8 +102,11 @@ class TextEncoder:
                 part = todo[i:i + 16*self.batch_size]
                 with torch.inference_mode():
                     rows = self.model.encode([t for _, t in part], output_value=None, batch_size=self.batch_size, show_progress_bar=False)
-                pick = lambda row: row['sentence_embedding'] if kind == 'sentence' else row['token_embeddings'][row['attention_mask'].bool()]
-                yield [(k, pick(row).float().cpu().numpy().astype(np.float16).tobytes()) for (k, _), row in zip(part, rows)]
+                packed = lambda x: x.float().cpu().numpy().astype(np.float16).tobytes()
+                sentences = [(self._key('sentence', t), packed(row['sentence_embedding'])) for (_, t), row in zip(part, rows)]
+                if kind == 'sentence': yield sentences
+                else:  # the sentence vectors come with the tokens: keep both
+                    yield sentences + [(k, packed(row['token_embeddings'][row['attention_mask'].bool()])) for (k, _), row in zip(part, rows)]
                 bar.update(len(part))
 
 # %% ../nbs/05_text_encoder.ipynb #e4d1ff9f
