@@ -28,7 +28,7 @@ from .runs import Run, RunError, load_run, project_path, start_run
 from .text_encoder import TextEncoder
 from .training import Positive, TrainConfig, TrainingError, fit
 
-# %% ../nbs/08_drag.ipynb #e7d02f1e
+# %% ../nbs/08_drag.ipynb #a0c4cb71
 Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(kw_only=True)
@@ -45,6 +45,7 @@ class Phase1Config(TrainConfig):
     dim: Positive = 256  # width of the network
     n_layers: Positive = 3  # reasoning steps
     dropout: Annotated[float, Field(ge=0, lt=1)] = .1
+    novelty_weight: Annotated[float, Field(ge=0)] = 40.  # of text similarity for relations unlike those of the training set
     rho: Share = .7  # weight of the cross-entropy against the ranking loss
     margin: Annotated[float, Field(gt=0)] = 1.  # of the ranking loss, in log-odds
     max_hops: Positive = 4  # longest path that makes labels
@@ -158,11 +159,11 @@ def telling_question(packed: PackedQuestions) -> int:
     n = sum_at(group_index(packed.fact_ptr), packed.label.long(), len(packed))
     return int(torch.where(n <= 8, n, -1).argmax())
 
-# %% ../nbs/08_drag.ipynb #df14113d
-def build_retriever(config: Phase1Config, encoder: TextEncoder) -> Retriever:
-    "An untrained retriever, the same for the same seed."
+# %% ../nbs/08_drag.ipynb #61ae3f1c
+def build_retriever(config: Phase1Config, encoder: TextEncoder, relations: Tensor | None = None) -> Retriever:
+    "An untrained retriever, the same for the same seed; `relations` [n, width]: the vectors of those that it will be trained on."
     set_seed(config.seed)
-    return Retriever(encoder.width, config.dim, config.n_layers, config.dropout)
+    return Retriever(encoder.width, config.dim, config.n_layers, config.dropout, relations, config.novelty_weight)
 
 def train_phase1(
     config: Phase1Config, *,
@@ -172,7 +173,7 @@ def train_phase1(
 ) -> dict:
     "Train the retriever as a run; returns its flat metrics on the validation questions. Raises TrainingError, RecordError, RunError."
     data = {role: project_path(path) for role in ('train', 'val') if project_path(path := getattr(config, role)).exists()}
-    if resume and run and (done := _finished(run)): return done
+    if resume and run and (done := _finished(run, config)): return done
     with start_run(run, asdict(config), method='drag-phase1', data=data, seed=config.seed, resume=resume) as r:
         encoder = TextEncoder(config.encoder)
         options = {'max_hops': config.max_hops, 'skip_bad': config.skip_bad}
@@ -180,8 +181,8 @@ def train_phase1(
         val, bad_val = load_questions(config.val, config.val_split, encoder, limit=config.val_limit, label='validation questions', **options)
         items = trainable_questions(train)
         if not items: raise TrainingError(f'{config.train}: no question has labels: no answer is within {config.max_hops} hops of a topic entity')
-        relations = relation_vectors(val.relations, encoder)
-        model = Phase1(build_retriever(config, encoder), relation_vectors(train.relations, encoder), config.rho, config.margin)
+        relations, known = (relation_vectors(part.relations, encoder) for part in (val, train))
+        model = Phase1(build_retriever(config, encoder, known), known, config.rho, config.margin)
         selection = {k: getattr(config, k) for k in ('top_k', 'threshold', 'fallback')}
         def measure(model):
             logits = score_facts(model.retriever, val, relations)
@@ -193,27 +194,33 @@ def train_phase1(
         report |= {'ece': expected_calibration_error(crossfit(val, logits).sigmoid(), val.label), 'ece_uncalibrated': expected_calibration_error(logits.sigmoid(), val.label)}
         if r.writes:
             write_json(r.folder/'retriever.json', {'encoder': config.encoder, 'text_width': encoder.width, 'dim': config.dim,
-                       'n_layers': config.n_layers, 'temperature': temperature, **selection, 'max_hops': config.max_hops})
+                       'n_layers': config.n_layers, 'novelty_weight': config.novelty_weight, 'temperature': temperature, **selection, 'max_hops': config.max_hops})
             if plots: draw_phase1(r, val, logits, temperature, {'untrained': score_facts(build_retriever(config, encoder), val, relations)})
         counts = {'n_train': len(train), 'n_train_unlabelled': len(train) - len(items), 'n_train_malformed': len(bad)}
         counts |= {f'train_{k}': v for k, v in summary(train).items() if k.startswith(('labels_', 'answer_coverage'))}
         return r.finish(count_failed(report, len(bad_val)) | told | counts | {'temperature': temperature})
 
-def _finished(run: str) -> dict | None:
-    "Metrics of a run that is done: there is nothing to resume."
+def _finished(run: str, config: Phase1Config) -> dict | None:
+    "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
     try: r = load_run(run)
     except RunError: return None
-    return r.metrics if r.manifest.get('status') == 'done' else None
+    if r.manifest.get('status') != 'done': return None
+    was = r.manifest['config']
+    changed = [f'{k} (was {was.get(k)!r}, now {v!r})' for k, v in asdict(config).items() if was.get(k) != v]
+    if changed: raise RunError(f'run {run!r} is done and cannot go on with another config: {", ".join(changed)}: choose another --run')
+    return r.metrics
 
-# %% ../nbs/08_drag.ipynb #ffd7a4b5
+# %% ../nbs/08_drag.ipynb #d324d57c
 def load_retriever(run: str) -> tuple[Retriever, dict]:
     "(the run's best retriever in evaluation mode, its settings: encoder, temperature, selection). Weights are read from safetensors."
     from safetensors.torch import load_file
     folder = load_run(run).folder
     if not (folder/'retriever.json').exists(): raise RunError(f'run {run!r} holds no finished retriever: train it, or go on with --resume')
     settings = json.loads((folder/'retriever.json').read_text())
-    model = Retriever(settings['text_width'], settings['dim'], settings['n_layers'])
-    model.load_state_dict({k.removeprefix('retriever.'): v for k, v in load_file(folder/'model.safetensors').items()})
+    weights = {k.removeprefix('retriever.'): v for k, v in load_file(folder/'model.safetensors').items()}
+    shape = {k: settings[k] for k in ('text_width', 'dim', 'n_layers', 'novelty_weight')}
+    model = Retriever(**shape, known_relations=weights['known_relations'])
+    model.load_state_dict(weights)
     return model.eval().to('cuda' if torch.cuda.is_available() else 'cpu'), settings
 
 def evaluate_phase1(

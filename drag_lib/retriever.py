@@ -17,7 +17,7 @@ from .graphs import Batch, PackedQuestions, group_index
 from .metrics import segment_ranks
 from .text_encoder import TextEncoder, spell_out
 
-# %% ../nbs/06_retriever.ipynb #a6a16f22
+# %% ../nbs/06_retriever.ipynb #b59f1fff
 class RetrieverOutput(NamedTuple):
     "What the network says of a batch; `fact_embeddings` makes the D-RAG fact vectors of chosen facts from it."
     logits: Tensor  # [n_facts] log-odds that a fact is relevant
@@ -32,9 +32,14 @@ def sum_at(index: Tensor, values: Tensor, n: int) -> Tensor:
 
 class Retriever(nn.Module):
     "Instruction-conditioned message passing over a batch of question subgraphs (ReaRev, arXiv 2210.13650; D-RAG, EMNLP 2025)."
-    def __init__(self, text_width: int = 384, dim: int = 256, n_layers: int = 3, dropout: float = .1):
+    def __init__(
+        self, text_width: int = 384, dim: int = 256, n_layers: int = 3, dropout: float = .1,
+        known_relations: Tensor | None = None,  # [n_known, text_width]: the training set's relations
+        novelty_weight: float = 40.,  # what similarity weighs more for a relation unlike any known one
+    ):
         super().__init__()
-        self.text_width, self.dim, self.n_layers = text_width, dim, n_layers
+        self.text_width, self.dim, self.n_layers, self.novelty_weight = text_width, dim, n_layers, novelty_weight
+        self.register_buffer('known_relations', torch.zeros(0, text_width) if known_relations is None else known_relations.clone())
         self.text = nn.Linear(text_width, dim, bias=False)  # tokens, sentence and relations share one map: their products compare them
         self.context = nn.Linear(dim, 2*dim)
         self.topic = nn.Parameter(torch.randn(dim))
@@ -93,8 +98,14 @@ class Retriever(nn.Module):
             nodes = self.norm[k](nodes + self.dropout(F.relu(self.update[k](torch.cat([nodes, received], -1)))))
 
         relations = F.relu(self.relation(self.dropout(torch.cat(seen, -1))))
-        logits = self._score(nodes, relations, pair, batch) + (self.similarity_scale*similarity)[pair]
+        scale = self.similarity_scale + self.novelty_weight*self.novelty(vector)
+        logits = self._score(nodes, relations, pair, batch) + (scale*similarity)[pair]
         return RetrieverOutput(logits.float(), nodes, relations, pair)
+
+    def novelty(self, vectors: Tensor) -> Tensor | float:  # [n]
+        "1 − the highest cosine of each relation with a known one: 0 for those of the training set."
+        if self.training or not len(self.known_relations): return 0.
+        return 1 - (F.normalize(vectors, dim=-1) @ F.normalize(self.known_relations, dim=-1).T).amax(1).clamp_max(1)
 
     def _padded(self, flat, ptr):
         "Flat token states [n_tokens, dim] as [Q, longest, dim] with the mask [Q, longest] of real tokens."

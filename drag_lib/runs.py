@@ -8,8 +8,8 @@ __all__ = ['project_folder', 'project_path', 'RunError', 'UsageError', 'closest'
            'run_metrics', 'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters',
            'notebook_values', 'run_notebook']
 
-# %% ../nbs/09_runs.ipynb #d77234c2
-import ast, difflib, fcntl, json, math, os, platform, resource, shlex, subprocess, sys, time, typing
+# %% ../nbs/09_runs.ipynb #3aa5dc25
+import ast, difflib, fcntl, json, math, os, platform, resource, shlex, shutil, subprocess, sys, time, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -165,7 +165,7 @@ def _log_line(values: dict) -> str:
         return value
     return json.dumps({k: plain(v) for k, v in values.items()}, ensure_ascii=False, default=str, allow_nan=False)
 
-# %% ../nbs/09_runs.ipynb #f544eff7
+# %% ../nbs/09_runs.ipynb #e37b9d5c
 def _read_json(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
@@ -219,9 +219,11 @@ class Run:
         self.writes = False
 
     def finish(self, metrics: dict) -> dict:
-        "Write `metrics` (made flat) to `metrics.json`, mark the run done and give its lock back. Returns the flat metrics."
+        "Write `metrics` (made flat) to `metrics.json`, drop the checkpoints in `training/`, mark the run done. Returns the flat metrics."
         metrics = flat(metrics)
-        if self.writes: write_json(self.folder/'metrics.json', metrics)
+        if self.writes:
+            write_json(self.folder/'metrics.json', metrics)
+            shutil.rmtree(self.folder/'training', ignore_errors=True)
         self._end('done', None)
         return metrics
 

@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, path: str | Path):
     if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more are missing, unknown or of another shape')
     model.load_state_dict(found, strict=False)
 
-# %% ../nbs/07_training.ipynb #70afd79a
+# %% ../nbs/07_training.ipynb #3b0b2715
 class GuardedTrainer(Trainer):
     "transformers.Trainer with guards, atomic checkpoints, our measure as its evaluation, and the run's log. Made by `fit`."
     def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, **kwargs):
@@ -172,6 +172,8 @@ class GuardedTrainer(Trainer):
         def settle():
             counts = {'n_items': self.n_items, 'n_seen': self.n_seen, 'without_gradient': sorted(self.without_gradient)}
             (draft/name/'guard.json').write_text(json.dumps(counts))
+            self.state.best_model_checkpoint = None  # the best weights are the run's model.safetensors
+            self.state.save_to_json(str(draft/name/'trainer_state.json'))
             shutil.rmtree(Path(place)/name, ignore_errors=True)
             os.replace(draft/name, Path(place)/name)
             for old in checkpoints(place)[:-1]: shutil.rmtree(old)
@@ -225,7 +227,7 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #f3cfd660
+# %% ../nbs/07_training.ipynb #207d69a2
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items; shuffled anew each epoch
@@ -250,8 +252,10 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     place = checkpoints(run.folder/'training')
     last = place[-1] if place else None
-    if last: _take_up(trainer, last, run)
-    if not (last and out_of_patience(trainer.state, config.patience)): trainer.train(resume_from_checkpoint=last and str(last))
+    if last: _take_up(trainer, last)
+    run.rewind(trainer.state.global_step)
+    if last and out_of_patience(trainer.state, config.patience): load_weights(model, last/'model.safetensors')
+    else: trainer.train(resume_from_checkpoint=last and str(last))
     return _wind_up(trainer, model, run, updates)
 
 class _Items(torch.utils.data.Dataset):
@@ -272,14 +276,13 @@ def _arguments(config, run, each, accumulate, updates):
         logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track,
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=False)
 
-def _take_up(trainer, last, run):
-    "Set the counts back to those of a checkpoint and drop later log lines."
+def _take_up(trainer, last):
+    "Set the counts back to those of a checkpoint."
     from transformers import TrainerState
     trainer.state = TrainerState.load_from_json(str(last/'trainer_state.json'))
     counts = json.loads((last/'guard.json').read_text())
     trainer.n_items, trainer.n_seen = counts['n_items'], counts['n_seen']
     trainer.without_gradient = set(counts['without_gradient'])
-    run.rewind(trainer.state.global_step)
     print(f'resuming at update {trainer.state.global_step}', file=sys.stderr)
 
 def _wind_up(trainer, model, run, updates):
@@ -290,7 +293,6 @@ def _wind_up(trainer, model, run, updates):
     load_weights(model, run.folder/'model.safetensors')
     silent = sorted(trainer.without_gradient)
     if silent: print(f'no gradient ever reached {len(silent)} parameters: {", ".join(silent[:5])}', file=sys.stderr)
-    trainer._once(lambda: shutil.rmtree(run.folder/'training', ignore_errors=True))
     return {'updates': trainer.state.global_step, 'updates_planned': updates, 'best_update': trainer.state.best_global_step,
             f'best_{trainer.metric}': trainer.state.best_metric, 'n_trained_items': trainer.n_items,
             'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad), 'without_gradient': len(silent)}

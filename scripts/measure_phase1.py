@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from drag_lib.drag import Phase1Config, control_scores, crossfit, evaluate_phase1, load_questions, load_retriever, retrieval_report, train_phase1
+from drag_lib.drag import Phase1Config, build_retriever, control_scores, crossfit, evaluate_phase1, load_questions, load_retriever, retrieval_report, train_phase1
 from drag_lib.files import write_json
 from drag_lib.graphs import KnowledgeGraph, extract_subgraphs
 from drag_lib.metrics import expected_calibration_error, seed_interval
 from drag_lib.records import QuestionRecord, read_questions, write_questions
 from drag_lib.retriever import relation_vectors, score_facts
-from drag_lib.runs import device_name, git_state, list_runs, project_folder
+from drag_lib.runs import device_name, git_state, list_runs, project_folder, run_metrics
 from drag_lib.text_encoder import TextEncoder
 
 SHARED = project_folder().parent/'shared/data/kgqa'
 # set: (file stem, training questions, validation questions held out of the train file, settings)
 SETS = {
+    'world': ('world', None, None, {'epochs': 5}),  # drag data world --out data/world; its own train, dev and test files
     'PQ-2H': ('PQ-2H', 1433, 160, {'epochs': 5}),
     'PQL-2H': ('PQL-2H', 1042, 116, {'epochs': 10}),
     'PQ-3H': ('PQ-3H', 2700, 300, {'epochs': 5}),
@@ -37,6 +38,9 @@ KEYS = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 
 def files(name: str) -> dict[str, Path]:
     "Write the set's train, val and dev records under data/bench once; return their paths."
     stem, n_train, n_val, _ = SETS[name]
+    if name == 'world':
+        folder = project_folder()/'data/world/kgqa'
+        return {part: folder/f'{file}.jsonl.gz' for part, file in (('train', 'train'), ('val', 'dev'), ('dev', 'test'))}
     folder = project_folder()/'data/bench'/name
     paths = {part: folder/f'{part}.jsonl.gz' for part in ('train', 'val', 'dev')}
     if all(p.exists() for p in paths.values()): return paths
@@ -61,7 +65,7 @@ def measure(name: str, seeds: list[int]):
         began = time.perf_counter()
         if run not in finished: train_phase1(config, run=run, resume=True)
         seconds = time.perf_counter() - began
-        model, saved = load_retriever(run)
+        trained, (model, saved) = run_metrics(run), load_retriever(run)
         encoder = TextEncoder()
         packed, _ = load_questions(str(paths['dev']), 'test', encoder)
         relations = relation_vectors(packed.relations, encoder)
@@ -69,7 +73,7 @@ def measure(name: str, seeds: list[int]):
         report = retrieval_report(packed, logits, temperature=saved['temperature'])
         report['ece_dev_temperature'] = expected_calibration_error(crossfit(packed, logits).sigmoid(), packed.label)
         rows.append({'seed': seed, 'train_seconds': round(seconds, 1), 'trained': report})
-        controls = control_scores(packed, encoder, config, relations) if seed == seeds[0] else {'untrained': score_facts(untrained(config, encoder), packed, relations)}
+        controls = control_scores(packed, encoder, config, relations) if seed == seeds[0] else {'untrained': score_facts(build_retriever(config, encoder), packed, relations)}
         for row, scores in controls.items():
             rows[-1][row] = {k: v for k, v in retrieval_report(packed, scores, probability=False).items() if k in KEYS}
         print(name, seed, {k: round(report[k], 3) for k in (*KEYS, 'ece_uncalibrated', 'ece', 'ece_dev_temperature')}, flush=True)
@@ -77,13 +81,8 @@ def measure(name: str, seeds: list[int]):
                      for k in rows[0][row] if isinstance(rows[0][row][k], float)} for row in ('trained', 'untrained')}
     summary['cosine'] = {k: {'mean': v} for k, v in rows[0]['cosine'].items()}
     write_json(project_folder()/f'figures/bench/phase1-{name}.json', {
-        'set': name, 'n_train': SETS[name][1], 'n_val': SETS[name][2], 'n_dev': rows[0]['trained']['n'], 'config': {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')},
+        'set': name, 'n_train': trained['n_train'], 'n_val': trained['n'], 'n_dev': rows[0]['trained']['n'], 'config': {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')},
         'device': device_name(), 'threads': torch.get_num_threads(), 'command': 'scripts/measure_phase1.py ' + name, 'commit': git_state()['commit'], 'summary': summary, 'seeds': rows})
-
-
-def untrained(config, encoder):
-    from drag_lib.drag import build_retriever
-    return build_retriever(config, encoder)
 
 
 def transfer(names: list[str]):
@@ -105,8 +104,9 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--transfer', action='store_true')
     args = parser.parse_args()
-    if not SHARED.exists(): sys.exit(f'skipped: {SHARED} is absent')
     if unknown := set(args.sets) - set(SETS): sys.exit(f'unknown set {sorted(unknown)[0]!r}: there are {", ".join(SETS)}')
     if args.transfer: transfer(args.sets or ['PQ-2H', 'PQ-3H', 'metaqa-3hop', 'wq'])
     else:
-        for name in args.sets or SETS: measure(name, args.seeds)
+        for name in args.sets or SETS:
+            if name == 'world' or SHARED.exists(): measure(name, args.seeds)
+            else: print(f'{name}: skipped, {SHARED} is absent')

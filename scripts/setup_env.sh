@@ -2,7 +2,7 @@
 # Make or mend .venv: the versions of requirements.lock, the library itself (editable), the Jupyter kernel, the git hooks.
 # Does nothing when .venv already matches requirements.lock, setup.py, settings.ini and this file.
 #   PYTHON=python3.12       use this interpreter (default: the first of the list below that will do)
-#   TORCH_INDEX=URL         take torch from here, e.g. https://download.pytorch.org/whl/cpu (small) or .../whl/cu128
+#   TORCH_INDEX=URL         take torch from here: PyTorch's own index for the CPU (small) or for a CUDA version, as its installation page names it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
