@@ -309,9 +309,10 @@ def _compare(
     if as_json: return _print(table.to_dict(), True)
     print(table.map(lambda x: _show(x) if isinstance(x, float | None) else str(x)[:40]).to_string())
 
-# %% ../nbs/10_cli.ipynb #afafbc20
+# %% ../nbs/10_cli.ipynb #91fac744
 EVALUATORS = {'drag-phase1': ('drag_lib.drag', 'evaluate_phase1')}
-BENCHES = {'retriever': ('drag_lib.bench', 'bench_retriever', 'time per question of the D-RAG retriever against a per-graph loop')}
+BENCHES = {'retriever': ('drag_lib.bench', 'bench_retriever', 'time per question of the D-RAG retriever against a per-graph loop'),
+           'packing': ('drag_lib.bench', 'bench_packing', "seconds and memory to pack and train on a data set of CWQ's size")}
 
 @app.command('eval')
 def _eval(
@@ -319,13 +320,14 @@ def _eval(
     data: Annotated[str, typer.Option(help='Record file, data set folder or hub name.')],
     split: Annotated[str, typer.Option(help='Split, where DATA is a folder or hub name.')] = 'test',
     predictions: Annotated[str | None, typer.Option(help='Also write the predictions, one JSON object a line.')] = None,
+    controls: Annotated[bool, typer.Option('--controls', help='Add the rows untrained/… and cosine/….')] = False,
     skip_bad: _SkipBad = False, as_json: _Json = False,
 ):
     "Metrics of a trained run on a record file."
     method = load_run(run).manifest['method']
     if method not in EVALUATORS: raise RunError(f'run {run!r}: drag eval does not know the method {method!r}')
     evaluate = _library(*EVALUATORS[method])
-    _print(_call(as_json, evaluate, run, data, split=split, skip_bad=skip_bad, predictions=predictions), as_json)
+    _print(_call(as_json, evaluate, run, data, split=split, skip_bad=skip_bad, predictions=predictions, controls=controls), as_json)
 
 @app.command('score')
 def _score(
@@ -345,7 +347,7 @@ def _score(
 
 @app.command('bench', context_settings=_words)
 def _bench(ctx: typer.Context):
-    "Benchmarks (retriever): ratios measured in one run."
+    "Benchmarks (retriever, packing): what is compared is measured in one run."
     name = _named(BENCHES, 'benchmark', ctx.args, 'bench')
     if not name: return
     function = _library(*BENCHES[name][:2])

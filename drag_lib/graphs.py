@@ -245,10 +245,11 @@ def shortest_path_facts(
             on_path |= step[:len(head)] | step[len(head):]
     return on_path
 
-# %% ../nbs/02_graphs.ipynb #e9405954
+# %% ../nbs/02_graphs.ipynb #0a529112
 def path_pattern(path: list[tuple[str, str, str]], topics: set[str]) -> tuple[tuple[str, bool], ...] | None:
     "((relation, forwards), …) of a gold path that starts at a topic; None where the triples do not chain."
-    for start in {path[0][0], path[0][2]} & topics:
+    for start in dict.fromkeys((path[0][0], path[0][2])):
+        if start not in topics: continue
         node, pattern = start, []
         for h, r, t in path:
             if h == node: node = t; pattern.append((r, True))
@@ -303,7 +304,7 @@ class Names:
         ptr = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
         return cls(torch.frombuffer(bytearray(b''.join(rows) or b'\0'), dtype=torch.uint8), ptr)
 
-# %% ../nbs/02_graphs.ipynb #af00a5cf
+# %% ../nbs/02_graphs.ipynb #0a2ce5aa
 LABEL_SOURCES = ('none', 'gold paths', 'shortest paths')
 
 class Batch(NamedTuple):
@@ -329,7 +330,7 @@ class PackedQuestions:
     "A data set of questions as flat tensors. Node numbers are local to each question."
     fact_ptr: Tensor; head: Tensor; rel: Tensor; tail: Tensor; gold: Tensor; label: Tensor  # [n_facts] each but fact_ptr
     node_ptr: Tensor; entity: Tensor; topic: Tensor; answer: Tensor  # [n_nodes]: entity number, marks
-    n_answers: Tensor; label_source: Tensor  # [n_questions]: distinct answer entities asked for; index into LABEL_SOURCES
+    n_answers: Tensor; label_source: Tensor  # [n_questions]: distinct answers, in the graph or not; index into LABEL_SOURCES
     ids: Names; questions: Names; entities: Names; relations: Names
     tokens: Tensor | None = None; token_ptr: Tensor | None = None; sentence: Tensor | None = None
 
@@ -356,16 +357,15 @@ class PackedQuestions:
         e = [self.entities[n] for n in node.tolist()]
         return [(e[h], self.relations[r], e[t]) for h, r, t in torch.stack([self.head[at], self.rel[at], self.tail[at]], 1).tolist()]
 
-# %% ../nbs/02_graphs.ipynb #7c2aedff
+# %% ../nbs/02_graphs.ipynb #1c5d690d
 def pack_questions(
     records: Iterable,  # QuestionRecord, or anything with its fields
     max_hops: int = 4,  # of the shortest paths that become labels
-    relations: Iterable[str] | None = None,  # number these first (the relations that a trained model knows)
     progress: str | None = None,
 ) -> PackedQuestions:
     "Number, flatten and label a data set. Facts stated twice in one record are kept once."
     from tqdm import tqdm
-    entity, relation = {}, {r: i for i, r in enumerate(relations or ())}
+    entity, relation = {}, {}
     columns = {k: [] for k in ('facts', 'gold', 'entity', 'slot', 'answer', 'n_answers', 'id', 'question')}
     patterns = []
     for q, rec in enumerate(tqdm(records, desc=progress, unit='question', disable=progress is None)):
@@ -373,7 +373,7 @@ def pack_questions(
         node = {}
         ids = [(node.setdefault(h, len(node)), relation.setdefault(r, len(relation)), node.setdefault(t, len(node))) for h, r, t in facts]
         slot = {t: k for k, t in enumerate(dict.fromkeys(rec.q_entity), 1)}
-        answers, topics = set(rec.a_entity), set(rec.q_entity)
+        answers, topics = set(rec.a_entity) or set(rec.answer), set(rec.q_entity)
         gold = {tuple(f) for p in rec.paths or () for f in p}
         columns['facts'].append(ids); columns['gold'].append([f in gold for f in facts])
         columns['entity'].append([entity.setdefault(e, len(entity)) for e in node])

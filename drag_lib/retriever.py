@@ -17,7 +17,7 @@ from .graphs import Batch, PackedQuestions, group_index
 from .metrics import segment_ranks
 from .text_encoder import TextEncoder, spell_out
 
-# %% ../nbs/06_retriever.ipynb #b59f1fff
+# %% ../nbs/06_retriever.ipynb #65bb526d
 class RetrieverOutput(NamedTuple):
     "What the network says of a batch; `fact_embeddings` makes the D-RAG fact vectors of chosen facts from it."
     logits: Tensor  # [n_facts] log-odds that a fact is relevant
@@ -69,7 +69,8 @@ class Retriever(nn.Module):
         "Logits of all facts. Raises ValueError where the batch has no question vectors."
         if batch.tokens is None: raise ValueError('the questions have no vectors: call add_question_vectors first')
         n_nodes = len(batch.topic)
-        key, pair = torch.unique(group_index(batch.fact_ptr)*len(relation_vectors) + batch.rel, return_inverse=True)
+        of_fact = group_index(batch.fact_ptr)
+        key, pair = torch.unique(of_fact*len(relation_vectors) + batch.rel, return_inverse=True)
         of_pair, vector = key // len(relation_vectors), relation_vectors[key % len(relation_vectors)]
         relation, question = self.read(vector), self.read(batch.sentence)
         tokens, mask = self._padded(self.dropout(self.read(batch.tokens)), batch.token_ptr)
@@ -98,13 +99,14 @@ class Retriever(nn.Module):
             nodes = self.norm[k](nodes + self.dropout(F.relu(self.update[k](torch.cat([nodes, received], -1)))))
 
         relations = F.relu(self.relation(self.dropout(torch.cat(seen, -1))))
-        scale = self.similarity_scale + self.novelty_weight*self.novelty(vector)
-        logits = self._score(nodes, relations, pair, batch) + (scale*similarity)[pair]
+        logits = self._score(nodes, relations, pair, batch) + self.similarity_scale*similarity[pair]
+        if len(self.known_relations) and not self.training:
+            unknown = (self.novelty(vector)*similarity)[pair]
+            logits = logits + self.novelty_weight*(unknown - (sum_at(of_fact, unknown, len(batch.question))/batch.fact_ptr.diff())[of_fact])
         return RetrieverOutput(logits.float(), nodes, relations, pair)
 
-    def novelty(self, vectors: Tensor) -> Tensor | float:  # [n]
+    def novelty(self, vectors: Tensor) -> Tensor:  # [n]
         "1 − the highest cosine of each relation with a known one: 0 for those of the training set."
-        if self.training or not len(self.known_relations): return 0.
         return 1 - (F.normalize(vectors, dim=-1) @ F.normalize(self.known_relations, dim=-1).T).amax(1).clamp_max(1)
 
     def _padded(self, flat, ptr):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .files import sha256, text_sha256
 
-# %% ../nbs/05_text_encoder.ipynb #bb46008e
+# %% ../nbs/05_text_encoder.ipynb #6a4462a0
 MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
 
 def minilm_folder() -> Path:
@@ -33,16 +33,18 @@ def _load(name: str, device: str):
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
     logging.disable_progress_bar()
-    model = SentenceTransformer(str(minilm_folder()) if name == 'minilm' else name, device=device)
+    try: model = SentenceTransformer(str(minilm_folder()) if name == 'minilm' else name, device=device)
+    except OSError as e:
+        raise ValueError(f'encoder {name!r}: no such folder, and the hub does not give it ({str(e).splitlines()[0]})') from None
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/05_text_encoder.ipynb #41dca278
+# %% ../nbs/05_text_encoder.ipynb #4ead37f5
 @dataclass
 class TextEncoder:
     "Frozen sentence encoder with a cache on disk. `name`: 'minilm', or a sentence-transformers hub id or folder."
     name: str = 'minilm'
     cache: str | Path | None = None  # SQLite file; None: env DRAG_CACHE, else ~/.cache/drag_lib/text.sqlite
-    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device: str = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
     batch_size: int = 64
     n_encoded: int = field(default=0, init=False)  # texts computed, not looked up, by this object
 

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Positive', 'TrainConfig', 'world_size', 'micro_batches', 'TrainingError', 'first_bad_tensor', 'trained_weights',
-           'save_weights', 'load_weights', 'GuardedTrainer', 'out_of_patience', 'checkpoints', 'clock', 'Progress',
-           'fit']
+           'save_weights', 'load_weights', 'GuardedTrainer', 'RunTrainer', 'out_of_patience', 'checkpoints', 'clock',
+           'Progress', 'fit']
 
-# %% ../nbs/07_training.ipynb #2589bb4b
+# %% ../nbs/07_training.ipynb #2e596822
 import json, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Callable, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .files import atomic_path
@@ -102,84 +103,142 @@ def load_weights(model: nn.Module, path: str | Path):
     if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more are missing, unknown or of another shape')
     model.load_state_dict(found, strict=False)
 
-# %% ../nbs/07_training.ipynb #3b0b2715
+# %% ../nbs/07_training.ipynb #87c9f740
+class _Order(torch.utils.data.Sampler):
+    "A new permutation of `n` items each epoch, then `padding` empty places; the epoch is asked for when an iteration begins."
+    def __init__(self, n: int, padding: int, seed: int, epoch: Callable[[], int]): self.n, self.padding, self.seed, self.epoch = n, padding, seed, epoch
+    def __len__(self): return self.n + self.padding
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed*100_003 + self.epoch())
+        yield from torch.randperm(self.n, generator=generator).tolist()
+        yield from [self.n]*self.padding
+
+class _Items(torch.utils.data.Dataset):
+    "The items; None at the empty place after the last."
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i] if i < len(self.items) else None
+
+def _counted(collate, stand_in):
+    "`collate` that leaves out empty places and counts what is left (`n_real`); a batch of nothing else holds `stand_in`, uncounted."
+    def collated(items):
+        real = [i for i in items if i is not None]
+        return {**collate(real or [stand_in]), 'n_real': len(real)}
+    return collated
+
+# %% ../nbs/07_training.ipynb #d3d373fc
 class GuardedTrainer(Trainer):
-    "transformers.Trainer with guards, atomic checkpoints, our measure as its evaluation, and the run's log. Made by `fit`."
-    def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.run, self.measure, self.metric, self.sign, self.patience = run, measure, metric, 1 if greater_is_better else -1, patience
-        self.n_items = self.n_seen = 0
-        self.parts = {}
+    "transformers.Trainer whose loss is a mean over items and stops where it is not finite."
+    def __init__(self, model, args, items: list, collate, **kwargs):
+        self.items, self.share = items, args.per_device_train_batch_size*args.world_size
+        super().__init__(model, args, train_dataset=_Items(items), eval_dataset=_Items([0]), data_collator=_counted(collate, items[0]), **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is divided by the micro-batches of an update: here, and so everywhere
+        self.updates_an_epoch = math.ceil(math.ceil(len(items)/self.share)/args.gradient_accumulation_steps)
+        self.n_items, self.n_clipped, self.since = 0, 0, {}
         self.without_gradient = {n for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def _get_train_sampler(self, train_dataset=None):
+        return _Order(len(self.items), -len(self.items) % self.share, self.args.seed, lambda: self.state.global_step//self.updates_an_epoch)
+
+    def items_of_update(self) -> int:
+        "Items behind the update that is being made, over all processes."
+        size = self.share*self.args.gradient_accumulation_steps
+        return min(size, len(self.items) - self.state.global_step % self.updates_an_epoch*size)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        n_real = inputs.pop('n_real')
         out = model(**inputs)
         if not torch.isfinite(out['loss']):
             where = first_bad_tensor(self.accelerator.unwrap_model(model), inputs)
             raise TrainingError(f'update {self.state.global_step + 1}: the loss is {out["loss"].item()}; first non-finite tensor: {where}')
-        self.n_items += int(out['n_items'])
-        for name, value in out.get('parts', {}).items():
-            total, n = self.parts.get(name, (0., 0))
-            self.parts[name] = (total + value.detach(), n + 1)
-        return (out['loss'], out) if return_outputs else out['loss']
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, n = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.n_seen += len(samples)
-        return samples, n
+        n = int(out['n_items']) if n_real else 0
+        self.n_items += n
+        for name, value in {'loss': out['loss'], **out.get('parts', {})}.items(): self.since[name] = self.since.get(name, 0.) + n*value.detach()
+        self.since['n'] = self.since.get('n', 0.) + torch.tensor(float(n), device=out['loss'].device)
+        loss = out['loss']*(n/self.items_of_update()*self.current_gradient_accumulation_steps*self.args.world_size)
+        return (loss, out) if return_outputs else loss
 
     def _clip_grad_norm(self, model):
         named = [(n, p.grad) for n, p in self.accelerator.unwrap_model(model).named_parameters() if p.grad is not None]
         self.without_gradient -= {n for n, g in named if n in self.without_gradient and g.any()}
+        self.n_clipped += 1
         try: return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], self.args.max_grad_norm, error_if_nonfinite=True)
         except RuntimeError:
             bad = next((n for n, g in named if not torch.isfinite(g).all()), 'their total norm overflows')
             raise TrainingError(f'update {self.state.global_step + 1}: gradient not finite: {bad}') from None
 
+    def means_since(self) -> dict[str, float]:
+        "Loss and parts since the last call: means over items, over all processes."
+        total = {k: self.accelerator.reduce(v, 'sum').item() for k, v in self.since.items()}
+        self.since, n = {}, total.pop('n', 0)
+        return {k: v/n for k, v in total.items()} if n else {}
+
+# %% ../nbs/07_training.ipynb #e0c7a8cd
+class RunTrainer(GuardedTrainer):
+    "GuardedTrainer with our measure as its evaluation, atomic checkpoints and the run's log. Made by `fit`."
+    def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.measure, self.metric, self.sign, self.patience = run, measure, metric, 1 if greater_is_better else -1, patience
+
+    @property
+    def bare(self) -> nn.Module: return self.accelerator.unwrap_model(self.model)
+
     def log(self, logs, start_time=None):
-        parts = {k: self.accelerator.reduce(total/n, 'mean').item() for k, (total, n) in self.parts.items()}
-        self.parts = {}
-        super().log({**logs, **parts}, start_time)
-        if 'loss' in logs: self.run.log({'step': self.state.global_step, 'epoch': self.state.epoch, **logs, **parts})
+        if 'loss' in logs:
+            logs = {**logs, **self.means_since()}
+            self.run.log({'step': self.state.global_step, 'epoch': self.state.epoch, **logs})
+        super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        metrics, step = self.measure(self.accelerator.unwrap_model(self.model)), self.state.global_step
+        found = [self.measure(self.bare) if self.is_world_process_zero() else None]
+        metrics, step = broadcast_object_list(found)[0], self.state.global_step
         value = metrics.get(self.metric)
         if value is None or not math.isfinite(value): raise TrainingError(f'update {step}: validation gives no {self.metric}: got {value}')
         self.run.log({'step': step, 'epoch': self.state.epoch, **{f'val/{k}': v for k, v in metrics.items()}})
+        self.log({f'val/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))})  # for the trackers
         self.state.log_history.append({'step': step, 'measured': value})
         if self.state.best_metric is None or self.sign*(value - self.state.best_metric) > 0:
             self.state.best_metric, self.state.best_global_step = value, step
-            if self.is_world_process_zero(): save_weights(self.accelerator.unwrap_model(self.model), self.run.folder/'model.safetensors')
+            if self.is_world_process_zero(): save_weights(self.bare, self.run.folder/'model.safetensors')
         if out_of_patience(self.state, self.patience): self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {self.metric: value})
         return {f'eval_{self.metric}': value}
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save: save_weights(self.accelerator.unwrap_model(self.model), Path(output_dir)/'model.safetensors')
+        if self.args.should_save: save_weights(self.bare, Path(output_dir)/'model.safetensors')
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint)/'model.safetensors')
 
     def _save_checkpoint(self, model, trial):
-        "Write the checkpoint beside its place, then move it there: a kill leaves the last whole one."
-        place, name = self.args.output_dir, f'checkpoint-{self.state.global_step}'
+        place, name, n_items = self.args.output_dir, f'checkpoint-{self.state.global_step}', self.all_items()
         draft = Path(place)/'.draft'
-        self._once(lambda: shutil.rmtree(draft, ignore_errors=True))
+        self.once(lambda: shutil.rmtree(draft, ignore_errors=True))
         self.args.output_dir = str(draft)
         try: super()._save_checkpoint(model, trial)
         finally: self.args.output_dir = place
         def settle():
-            counts = {'n_items': self.n_items, 'n_seen': self.n_seen, 'without_gradient': sorted(self.without_gradient)}
-            (draft/name/'guard.json').write_text(json.dumps(counts))
+            (draft/name/'guard.json').write_text(json.dumps({'n_items': n_items, 'without_gradient': sorted(self.without_gradient)}))
             self.state.best_model_checkpoint = None  # the best weights are the run's model.safetensors
             self.state.save_to_json(str(draft/name/'trainer_state.json'))
             shutil.rmtree(Path(place)/name, ignore_errors=True)
             os.replace(draft/name, Path(place)/name)
             for old in checkpoints(place)[:-1]: shutil.rmtree(old)
-        self._once(settle)
+        self.once(settle)
 
-    def _once(self, act):
+    def take_up(self, checkpoint: Path):
+        "Set state and counts back to those of a checkpoint."
+        from transformers import TrainerState
+        self.state = TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
+        counts = json.loads((checkpoint/'guard.json').read_text())
+        self.n_items = counts['n_items'] if self.is_world_process_zero() else 0
+        self.without_gradient = set(counts['without_gradient'])
+
+    def all_items(self) -> int:
+        "Items that entered the loss so far, over all processes."
+        return int(self.accelerator.reduce(torch.tensor(self.n_items, device=self.args.device), 'sum'))
+
+    def once(self, act):
         "Do `act` on the first process while the others wait."
         self.accelerator.wait_for_everyone()
         if self.args.should_save: act()
@@ -227,7 +286,7 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #207d69a2
+# %% ../nbs/07_training.ipynb #e0b1e113
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items; shuffled anew each epoch
@@ -243,25 +302,21 @@ def fit(
     if not items: raise TrainingError('nothing to train on: no item is left')
     each, accumulate = micro_batches(config)
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
-    trainer = GuardedTrainer(
-        model, _arguments(config, run, each, accumulate, updates), train_dataset=_Items(items), eval_dataset=_Items([0]), data_collator=collate,
-        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience,
-        callbacks=[Progress(label, metric)])
+    trainer = RunTrainer(
+        model, _arguments(config, run, each, accumulate, updates), items, collate,
+        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, callbacks=[Progress(label, metric)])
     if trainer.args.world_size != world_size():
         raise TrainingError(f'{world_size()} processes were started but training sees {trainer.args.world_size}')
     trainer.remove_callback(PrinterCallback)
     place = checkpoints(run.folder/'training')
     last = place[-1] if place else None
-    if last: _take_up(trainer, last)
+    if last:
+        trainer.take_up(last)
+        print(f'resuming at update {trainer.state.global_step}', file=sys.stderr)
     run.rewind(trainer.state.global_step)
     if last and out_of_patience(trainer.state, config.patience): load_weights(model, last/'model.safetensors')
     else: trainer.train(resume_from_checkpoint=last and str(last))
     return _wind_up(trainer, model, run, updates)
-
-class _Items(torch.utils.data.Dataset):
-    def __init__(self, items): self.items = items
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i): return self.items[i]
 
 def _arguments(config, run, each, accumulate, updates):
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
@@ -276,23 +331,16 @@ def _arguments(config, run, each, accumulate, updates):
         logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track,
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=False)
 
-def _take_up(trainer, last):
-    "Set the counts back to those of a checkpoint."
-    from transformers import TrainerState
-    trainer.state = TrainerState.load_from_json(str(last/'trainer_state.json'))
-    counts = json.loads((last/'guard.json').read_text())
-    trainer.n_items, trainer.n_seen = counts['n_items'], counts['n_seen']
-    trainer.without_gradient = set(counts['without_gradient'])
-    print(f'resuming at update {trainer.state.global_step}', file=sys.stderr)
-
 def _wind_up(trainer, model, run, updates):
     "Check that training was real, keep the weights, say what happened."
-    if not trainer.n_items: raise TrainingError(f'every item was skipped in all {trainer.state.global_step} updates: nothing was trained')
-    if trainer.is_world_process_zero(): save_weights(model, run.folder/'last.safetensors')
-    trainer.accelerator.wait_for_everyone()
+    n_items, silent = trainer.all_items(), sorted(trainer.without_gradient)
+    if not n_items: raise TrainingError(f'every item was skipped in all {trainer.state.global_step} updates: nothing was trained')
+    if not trainer.n_clipped and len(silent) == sum(p.requires_grad for p in model.parameters()):
+        raise TrainingError('gradients were never seen: this version of transformers does not call _clip_grad_norm')
+    if trainer.state.best_metric is None: trainer.evaluate()
+    trainer.once(lambda: save_weights(model, run.folder/'last.safetensors'))
     load_weights(model, run.folder/'model.safetensors')
-    silent = sorted(trainer.without_gradient)
     if silent: print(f'no gradient ever reached {len(silent)} parameters: {", ".join(silent[:5])}', file=sys.stderr)
     return {'updates': trainer.state.global_step, 'updates_planned': updates, 'best_update': trainer.state.best_global_step,
-            f'best_{trainer.metric}': trainer.state.best_metric, 'n_trained_items': trainer.n_items,
+            f'best_{trainer.metric}': trainer.state.best_metric, 'n_trained_items': n_items,
             'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad), 'without_gradient': len(silent)}

@@ -18,7 +18,7 @@ from drag_lib.graphs import KnowledgeGraph, extract_subgraphs
 from drag_lib.metrics import expected_calibration_error, seed_interval
 from drag_lib.records import QuestionRecord, read_questions, write_questions
 from drag_lib.retriever import relation_vectors, score_facts
-from drag_lib.runs import device_name, git_state, list_runs, project_folder, run_metrics
+from drag_lib.runs import device_name, git_state, list_runs, load_run, project_folder
 from drag_lib.text_encoder import TextEncoder
 
 SHARED = project_folder().parent/'shared/data/kgqa'
@@ -65,7 +65,7 @@ def measure(name: str, seeds: list[int]):
         began = time.perf_counter()
         if run not in finished: train_phase1(config, run=run, resume=True)
         seconds = time.perf_counter() - began
-        trained, (model, saved) = run_metrics(run), load_retriever(run)
+        trained, (model, saved) = load_run(run).metrics, load_retriever(run)
         encoder = TextEncoder()
         packed, _ = load_questions(str(paths['dev']), 'test', encoder)
         relations = relation_vectors(packed.relations, encoder)

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from drag_lib import cli
-from drag_lib.runs import list_runs, load_run, run_metrics, start_run
+from drag_lib.runs import list_runs, load_run, start_run
 
 TINY = '''
 import os, time
@@ -225,7 +225,7 @@ def test_unexpected_exceptions_are_one_line_too(drag, monkeypatch):
 def test_train_resume_compare_eval(drag, home):
     code, out, err = drag('train tiny --train train.jsonl --run a --learning-rate 0.02 --no-shuffle --json')
     assert code == 0 and json.loads(out)['answer_recall@10'] == .98 and 'training a' in err
-    assert run_metrics('a') == json.loads(out)
+    assert load_run('a').metrics == json.loads(out)
     assert load_run('a').manifest['config'] == {'train': 'train.jsonl', 'learning_rate': .02, 'epochs': 2, 'shuffle': False, 'seed': 0}
     one_line(drag('train tiny --train train.jsonl --run a')[2], 'choose another --run')
     one_line(drag('train tiny --train train.jsonl --run a --resume --epochs 9')[2], 'epochs (was 2, now 9)')

@@ -97,7 +97,8 @@ def read(home, run, name): return json.loads((home/'checkpoints'/run/name).read_
 def log_of(home, run):
     "What a run logged, without the times."
     rows = map(json.loads, (home/'checkpoints'/run/'log.jsonl').read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in ('seconds', 'epoch') and 'runtime' not in k and 'per_second' not in k} for row in rows]
+    timed = lambda key: key == 'seconds' or 'runtime' in key or 'per_second' in key
+    return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
 
 
 def same_end(home, run, reference):
@@ -120,7 +121,7 @@ def one_error(err, *parts):
 def reference(home):
     "An uninterrupted run by the real command: (its name, its metrics, the seconds that it takes)."
     words = f'train drag-phase1 --train train.jsonl --val val.jsonl {TRAIN} --run whole --json'.split()
-    done = subprocess.run([sys.executable, '-m', 'drag_lib.cli', *words], cwd=home, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, '-m', 'drag_lib.cli', *words], cwd=home, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
     assert metrics == read(home, 'whole', 'metrics.json') and metrics['updates'] == 30 and metrics['n_trained_items'] == 240
@@ -196,11 +197,11 @@ def test_a_finished_run_is_resumed_without_training(home, reference, drag):
 
 @pytest.fixture(scope='session')
 def two_processes(home):
-    "The same training in two processes and in one, without dropout."
+    "The same training in two processes and in one, without dropout. The `--` keeps torchrun from reading `--run` as its own `--run-path`."
     line = f'train drag-phase1 --train train.jsonl --val val.jsonl {TRAIN.replace("0.2", "0")} --json'
     single = Job(home, f'{line} --run one')
-    words = [sys.executable, *'-m torch.distributed.run --nproc_per_node 2 --master_port 0 -m drag_lib.cli'.split(), *line.split()]
-    double = subprocess.run([*words, '--run', 'two'], cwd=home, capture_output=True, text=True, timeout=200)
+    words = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node 2 -m drag_lib.cli --'.split(), *line.split()]
+    double = subprocess.run([*words, '--run', 'two'], cwd=home, capture_output=True, text=True, timeout=100)
     assert single.code() == 0, single.err
     assert double.returncode == 0, double.stderr
     return single, double
@@ -280,7 +281,7 @@ def test_eval(home, reference, drag):
     assert {k: got[k] for k in same} == pytest.approx({k: metrics[k] for k in same})
     for control in ('untrained', 'cosine'):
         assert all(0 <= got[f'{control}/{k}'] <= 1 for k in KEYS if 'recall@' in k)
-        assert got['path_recall@10'] > got[f'{control}/path_recall@10']
+    assert got['map'] > got['untrained/map'] and 0 < got['cosine/map'] <= 1
     rows = [json.loads(line) for line in (home/'out'/'facts.jsonl').read_text().splitlines()]
     records = [json.loads(line) for line in (home/'val.jsonl').read_text().splitlines()]
     assert [row['id'] for row in rows] == [record['id'] for record in records]
@@ -289,7 +290,7 @@ def test_eval(home, reference, drag):
         assert all(fact[:3] in record['graph'] and 0 <= fact[3] <= 1 for fact in row['facts'])
         assert [fact[3] for fact in row['facts']] == sorted((fact[3] for fact in row['facts']), reverse=True)
     table = drag(f'eval {name} --data val.jsonl')[1]
-    assert [line.split()[0] for line in table.splitlines()][:2] == ['n', 'failed'] or 'answer_recall@10' in table
+    assert set(KEYS) <= {line.split()[0] for line in table.splitlines()}
 
 
 def test_eval_mistakes(home, reference, drag):
@@ -298,8 +299,8 @@ def test_eval_mistakes(home, reference, drag):
     folder.mkdir()
     manifest = read(home, name, 'manifest.json') | {'name': 'unfinished', 'status': 'running'}
     (folder/'manifest.json').write_text(json.dumps(manifest))
-    for line, part in [('unfinished --data val.jsonl', "run 'unfinished' holds no finished retriever"), (f'{name} --data nowhere.jsonl', 'nowhere.jsonl'),
-                       (f'{name} --data badval.jsonl', 'badval.jsonl:4'), ('whloe --data val.jsonl', "'whole'")]:
+    for line, part in [('unfinished --data val.jsonl', "run 'unfinished' holds no finished retriever"),
+                       (f'{name} --data nowhere.jsonl', 'nowhere.jsonl'), (f'{name} --data badval.jsonl', 'badval.jsonl:4'), ('whloe --data val.jsonl', "'whole'")]:
         code, out, err = drag(f'eval {line} --predictions out/none.jsonl')
         assert (code, out) == (1, ''), err
         one_error(err, part)
