@@ -218,7 +218,7 @@ def _rows(source: str | Path, split: str = 'train') -> Iterator[tuple[int | str,
     if name.endswith('.parquet'): return _parquet_rows(path)
     raise RecordError(f'unknown ending; these are read: {", ".join(_ENDINGS)}, a data set folder, a hub name', path)
 
-# %% ../nbs/01_records.ipynb #fff0647d
+# %% ../nbs/01_records.ipynb #1c9dd790
 def _is_heuristics(row) -> bool: return isinstance(row, dict) and 'triples' in row and 'graph' not in row
 
 def _from_heuristics(row: dict) -> dict:
@@ -232,12 +232,11 @@ def _from_heuristics(row: dict) -> dict:
     for h, r, t in dict.fromkeys(map(tuple, triples)): between[frozenset((h, t))].append((h, r, t))
     hops = [[between.get(frozenset(pair), ()) for pair in itertools.pairwise(path)] for path in paths if len(path) > 1]
     gold = [[fact for hop in path for fact in hop] for path in hops if all(path)]
-    nodes = {name for h, _, t in triples for name in (h, t)}
     answers = [answer] if isinstance(answer, str) else answer
     known = answers if isinstance(answers, list) else ()
     kept = {key: value for key, value in row.items() if key not in ('paths', 'triples', 'answer')}
     return {'id': 'q-' + text_sha256(str(question))[:16], **kept, 'q_entity': list(dict.fromkeys(path[0] for path in paths if path)),
-            'a_entity': [name for name in known if isinstance(name, str) and name in nodes], 'answer': answers, 'graph': triples,
+            'a_entity': [name for name in known if isinstance(name, str) and name], 'answer': answers, 'graph': triples,
             'paths': gold, 'broken_paths': sum(not all(path) for path in hops)}
 
 # %% ../nbs/01_records.ipynb #cd10ab2a
@@ -489,7 +488,7 @@ def _reachable(records: list[QuestionRecord]) -> np.ndarray:
     out[[i for i, _ in topics & answers]] = True
     return out
 
-# %% ../nbs/01_records.ipynb #0f9d9cbf
+# %% ../nbs/01_records.ipynb #132f286f
 def _answers(record: QuestionRecord) -> list[str]: return record.a_entity or record.answer
 
 def _mean(values) -> float | None: return float(np.mean(values)) if len(values) else None
@@ -499,15 +498,16 @@ def _split_figures(records: list[QuestionRecord], plain: list[str]) -> dict:
     answered = [(r, text, _answers(r), r.nodes()) for r, text in zip(records, plain) if _answers(r)]
     in_graph = [np.mean([name in nodes for name in names]) for _, _, names, nodes in answered]
     told = [any(_holds(text, _plain(name)) for name in r.answer or names) for r, text, names, _ in answered]
-    on_path = []
+    on_path, turned = [], []
     for r in records:
         graph = set(r.graph) if r.paths else ()
-        on_path += [(h, x, t) in graph or (t, x, h) in graph for path in r.paths or () for h, x, t in path]
+        on_path += [fact in graph for path in r.paths or () for fact in path]
+        turned += [(h, x, t) not in graph and (t, x, h) in graph for path in r.paths or () for h, x, t in path]
     bare = [r for r in records if not any(r.paths or ())]
     shortest = int(_reachable(bare).sum())
     return dict(n=len(records), exact_duplicates=len(plain) - len(set(plain)), no_topic=sum(not r.q_entity for r in records),
                 unanswerable=len(records) - len(answered), answer_in_question=_mean(told), answer_coverage=_mean([x > 0 for x in in_graph]),
-                answers_in_graph=_mean(in_graph), path_coverage=_mean(on_path),
+                answers_in_graph=_mean(in_graph), path_coverage=_mean(on_path), path_reversed=_mean(turned),
                 broken_paths=sum(b for r in records if isinstance(b := getattr(r, 'broken_paths', 0), int)),
                 labels_gold=len(records) - len(bare), labels_shortest=shortest, labels_none=len(bare) - shortest)
 
@@ -663,7 +663,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except csv.Error as e: yield line + 1, RecordError(f'invalid CSV: {e}', path, line + 1)
     except RecordError as e: yield e.line, e
 
-# %% ../nbs/01_records.ipynb #f091f53f
+# %% ../nbs/01_records.ipynb #ca101bf1
 def _ask(row, kg, path, place) -> dict | RecordError:
     "The fields of a question that is to get a subgraph of `kg`, or what is wrong with them."
     if isinstance(row, RecordError): return row
@@ -681,7 +681,7 @@ def _ask(row, kg, path, place) -> dict | RecordError:
     if not topics or lost is not None:
         return RecordError(f'{_reprs.repr(lost)} is not in the knowledge base' if topics else 'no topic entity', path, place, 'topic')
     kept = {key: value for key, value in row.items() if key not in ('topic', 'topics', 'answers')}
-    given = {'id': 'q-' + text_sha256(question)[:16], 'a_entity': [name for name in answers if name in kg.entity_id]}
+    given = {'id': 'q-' + text_sha256(question)[:16], 'a_entity': answers}
     return {**given, **kept, 'q_entity': topics, 'answer': answers}
 
 def _with_subgraphs(rows, kg, path, **options) -> Iterator[tuple[int | str, Any]]:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['project_folder', 'project_path', 'RunError', 'UsageError', 'closest', 'check_value', 'kind_name', 'package_versions',
            'git_state', 'device_name', 'peak_memory', 'flat', 'Run', 'default_name', 'start_run', 'load_run',
-           'run_metrics', 'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters',
-           'notebook_values', 'run_notebook']
+           'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters', 'notebook_values',
+           'run_notebook']
 
-# %% ../nbs/09_runs.ipynb #3aa5dc25
+# %% ../nbs/09_runs.ipynb #d452b882
 import ast, difflib, fcntl, json, math, os, platform, resource, shlex, shutil, subprocess, sys, time, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from .files import check_name, sha256, write_json
+from .files import check_name, sha256, write_json, write_text
 
 # %% ../nbs/09_runs.ipynb #96202827
 def project_folder() -> Path:
@@ -47,7 +47,7 @@ def closest(name: str, names) -> str:
     near = difflib.get_close_matches(name.replace('-', '_'), list(plain), n=1, cutoff=.5)
     return f'did you mean {plain[near[0]]!r}?' if near else 'there are: ' + (', '.join(sorted(names)) or 'none')
 
-# %% ../nbs/09_runs.ipynb #5cd16079
+# %% ../nbs/09_runs.ipynb #5c428528
 def check_value(
     name: str,  # the parameter's name, for the error
     value,  # text or an already typed value
@@ -75,7 +75,8 @@ def _json(text: str):
 def kind_name(kind) -> str:
     "A type annotation as a user reads it."
     if typing.get_origin(kind) is typing.Literal: return ' | '.join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, '__args__') else str(kind).replace('typing.', '').replace('pathlib.', '')
+    if isinstance(kind, type) and not hasattr(kind, '__args__'): return kind.__name__
+    return str(kind).replace('typing.', '').replace('pathlib.', '')
 
 # %% ../nbs/09_runs.ipynb #78f96c5c
 _packages = ('drag_lib torch transformers torch_geometric peft accelerate datasets sentence-transformers tokenizers safetensors '
@@ -96,7 +97,7 @@ def git_state() -> dict:
     try: return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain'))}
     except (OSError, subprocess.SubprocessError): return {'commit': None, 'dirty': None}
 
-# %% ../nbs/09_runs.ipynb #47b976f4
+# %% ../nbs/09_runs.ipynb #6257495a
 def device_name() -> str:
     "The GPU's name where torch is loaded and sees one, else the CPU's."
     torch = sys.modules.get('torch')
@@ -108,7 +109,10 @@ def device_name() -> str:
 
 def peak_memory() -> dict[str, int]:
     "`peak_memory_bytes` of this process (resident set), and `peak_cuda_bytes` where CUDA was used."
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try: lines = Path('/proc/self/status').read_text().splitlines()
+    except OSError: lines = []
+    high = [1024*int(line.split()[1]) for line in lines if line.startswith('VmHWM:')]
+    rss = high[0] if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     torch = sys.modules.get('torch')
     cuda = {'peak_cuda_bytes': torch.cuda.max_memory_allocated()} if torch is not None and torch.cuda.is_initialized() else {}
     return {'peak_memory_bytes': rss, **cuda}
@@ -165,7 +169,7 @@ def _log_line(values: dict) -> str:
         return value
     return json.dumps({k: plain(v) for k, v in values.items()}, ensure_ascii=False, default=str, allow_nan=False)
 
-# %% ../nbs/09_runs.ipynb #e37b9d5c
+# %% ../nbs/09_runs.ipynb #95296567
 def _read_json(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
@@ -204,7 +208,6 @@ class Run:
     def rewind(self, step: int):
         "Drop log lines of steps after `step`: what a killed process logged after the checkpoint that a resume goes on from."
         if not self.writes: return
-        from drag_lib.files import write_text
         kept = [line for line in self.read_log() if line.get('step', 0) <= step]
         write_text(self.folder/'log.jsonl', ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in kept))
 
@@ -303,7 +306,7 @@ def start_run(
     print(f'run {run.name}: {folder.relative_to(project_folder())}', file=sys.stderr, flush=True)
     return run
 
-# %% ../nbs/09_runs.ipynb #cd294271
+# %% ../nbs/09_runs.ipynb #25789fa8
 def _new_manifest(name: str, config: dict, method: str, data: dict, seed: int) -> dict:
     for role, path in data.items():
         if not Path(path).exists(): raise FileNotFoundError(f'{role}: {path}: no such file')
@@ -322,8 +325,11 @@ def _continue(folder: Path, new: dict, resume: bool) -> dict:
         if others: raise RunError(f'{folder} holds {others[0]!r} but no manifest.json: it is not a run, choose another --run')
         return new
     old = _read_json(folder/'manifest.json')
+    if not resume and _left_nothing(folder, old):
+        (folder/'log.jsonl').unlink(missing_ok=True)
+        return new
     if not resume: raise RunError(f'run {folder.name!r} exists ({_status_before(old)}): choose another --run, or --resume it')
-    for what in ('method', 'seed'):
+    for what in ('method', 'seed', 'world_size'):
         if old[what] != new[what]: raise RunError(f'run {folder.name!r} cannot be resumed: {what} was {old[what]!r}, now {new[what]!r}')
     changed = _differences(old['config'], new['config'])
     if changed: raise RunError(f'run {folder.name!r} cannot be resumed with another config: {changed}')
@@ -337,20 +343,22 @@ def _continue(folder: Path, new: dict, resume: bool) -> dict:
     seconds = max([old['seconds'], *(line.get('seconds', 0) for line in lines[-1:])])
     return {**new, 'started': old['started'], 'resumed': new['started'], 'resumes': old['resumes'] + 1, 'seconds': seconds}
 
+def _left_nothing(folder: Path, manifest: dict) -> bool:
+    "Whether a run failed before it had anything to lose: no file but its manifest, its log and reports of failures."
+    files = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and p.name[0] != '.'}
+    kept = {name for name in files if not name.endswith('.failed.ipynb')} - {'manifest.json', 'log.jsonl'}
+    return manifest.get('status') == 'failed' and not kept
+
 def _status_before(manifest: dict) -> str:
     return 'interrupted' if manifest.get('status') == 'running' else manifest.get('status', '?')
 
-# %% ../nbs/09_runs.ipynb #0da5e70f
+# %% ../nbs/09_runs.ipynb #827606fb
 def load_run(name: str) -> Run:
     "A run by name, for reading. Raises RunError, naming the closest one, where there is none."
     folder = _folder(name)
     manifest = _read_json(folder/'manifest.json')
     if not manifest: raise RunError(f'no run {name!r} in {folder.parent}: {closest(name, _run_names())}')
     return Run(name, folder, project_folder()/'figures'/name, manifest)
-
-def run_metrics(name: str) -> dict:
-    "The flat metrics of a run; RunError where it has none (yet)."
-    return load_run(name).metrics
 
 def _run_names() -> list[str]:
     return sorted(p.parent.name for p in (project_folder()/'checkpoints').glob('*/manifest.json'))
@@ -429,7 +437,7 @@ def _kind_of(default):
     "The type a default stands for; None stands for any plain value."
     return bool | int | float | str | None if default is None else list if isinstance(default, tuple) else type(default)
 
-# %% ../nbs/09_runs.ipynb #360feda9
+# %% ../nbs/09_runs.ipynb #81f4c5c5
 def notebook_values(notebook: Path, parameters: dict) -> dict:
     "`parameters` typed as the notebook declares them. Raises UsageError for one it does not declare, naming the closest."
     declared = notebook_parameters(notebook)
@@ -466,8 +474,9 @@ def run_notebook(
     values = notebook_values(notebook, {**(parameters or {}), **({} if run is None else {'run': run})})
     if values.get('run') is None: values['run'] = default_name(notebook.stem.replace('_', '-'))
     folder = _folder(values['run'])
-    if (folder/'manifest.json').exists() and not values.get('resume'):
-        status = _status(folder, load_run(folder.name).manifest)
+    old = _read_json(folder/'manifest.json')
+    if old and not values.get('resume') and not _left_nothing(folder, old):
+        status = _status(folder, old)
         raise RunError(f'run {folder.name!r} exists ({status}): choose another --run, or resume it')
     if _is_locked(folder): _lock(folder)  # says who has it
     folder.mkdir(parents=True, exist_ok=True)

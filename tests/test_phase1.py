@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
 
@@ -300,7 +299,8 @@ def test_eval_mistakes(home, reference, drag):
     manifest = read(home, name, 'manifest.json') | {'name': 'unfinished', 'status': 'running'}
     (folder/'manifest.json').write_text(json.dumps(manifest))
     for line, part in [('unfinished --data val.jsonl', "run 'unfinished' holds no finished retriever"),
-                       (f'{name} --data nowhere.jsonl', 'nowhere.jsonl'), (f'{name} --data badval.jsonl', 'badval.jsonl:4'), ('whloe --data val.jsonl', "'whole'")]:
+                       (f'{name} --data nowhere.jsonl', 'nowhere.jsonl'), (f'{name} --data badval.jsonl', 'badval.jsonl:4'),
+                       ('whloe --data val.jsonl', "'whole'")]:
         code, out, err = drag(f'eval {line} --predictions out/none.jsonl')
         assert (code, out) == (1, ''), err
         one_error(err, part)
