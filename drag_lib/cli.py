@@ -171,7 +171,7 @@ def _split(ctx: typer.Context):
     "Split question records by question, topic entity or template."
     _data('split', ctx.args)
 
-# %% ../nbs/10_cli.ipynb #b6da5e9b
+# %% ../nbs/10_cli.ipynb #40b5ec14
 def _limits(texts: list[str], defaults: dict) -> dict:
     "`defaults` with the `figure=limit` of `texts`."
     for text in texts:
@@ -183,7 +183,8 @@ def _limits(texts: list[str], defaults: dict) -> dict:
 def _audit(
     train: Annotated[str, typer.Argument(help='Question records: a file, a data set folder or hub name.')],
     test: str,
-    near: Annotated[float, typer.Option(help='TF-IDF cosine from which two questions are near duplicates.')] = .9,
+    near: Annotated[float | None, typer.Option(
+        help='TF-IDF cosine from which two questions are near duplicates (0.8 where not given).')] = None,
     maximum: Annotated[list[str], typer.Option('--max', help='FIGURE=LIMIT, e.g. across/near_duplicates=0.05; repeatable.')] = [],
     minimum: Annotated[list[str], typer.Option('--min', help='FIGURE=LIMIT, e.g. test/answer_coverage=0.9; repeatable.')] = [],
     train_split: Annotated[str, typer.Option(help='Split, where TRAIN is a data set folder or hub name.')] = 'train',
@@ -196,9 +197,10 @@ def _audit(
     from drag_lib.files import write_json
     limits = {'maximum': _limits(maximum, records.AUDIT_MAX), 'minimum': _limits(minimum, records.AUDIT_MIN)}
     skipped = ([], []) if skip_bad else (None, None)
+    given = {} if near is None else {'near': near}
     read = [_call(as_json, records.read_questions, source, split=split, skipped=bad) for source, split, bad in
             zip((train, test), (train_split, test_split), skipped)]
-    audit = _call(as_json, records.audit_questions, *read, near=near, skipped=tuple(len(bad or ()) for bad in skipped), **limits)
+    audit = _call(as_json, records.audit_questions, *read, skipped=tuple(len(bad or ()) for bad in skipped), **limits, **given)
     _report_skipped([*(skipped[0] or []), *(skipped[1] or [])])
     failures = audit['failures']
     if out: write_json(out, audit)

@@ -113,18 +113,18 @@ def retrieval_report(
     return out | {'n_unlabelled': len(packed) - int(labelled_questions(packed).sum())} | {
         k: of_all[k] for k in ('answer_coverage', 'any_answer_coverage', 'facts_per_question', 'n_unanswerable')}
 
-# %% ../nbs/08_drag.ipynb #53c69fb2
+# %% ../nbs/08_drag.ipynb #72cc2242
 def labelled_questions(packed: PackedQuestions) -> Tensor:  # [n_questions] bool
     "Questions with labels, and those that need none because they have no answer; not those whose answers no path reaches."
     return (packed.label_source > 0) | (packed.n_answers == 0)
 
 def calibration_report(packed: PackedQuestions, logits: Tensor, p: Tensor, selected: Tensor) -> dict[str, float | None]:
-    "Errors of probabilities `p` [n_facts] against the labels, of `logits` uncalibrated, of a constant, and of the `selected` facts."
+    "Errors of probabilities `p` [n_facts] against the labels, of `logits` uncalibrated, of the `selected` facts, and of a constant."
     known = labelled_questions(packed)[group_index(packed.fact_ptr)]
     y, ece = packed.label, lambda p, at: expected_calibration_error(p[at], packed.label[at]) if at.any() else None
-    constant = torch.full_like(p, y[known].float().mean().item() if known.any() else 0.)
-    return {'ece': ece(p, known), 'ece_uncalibrated': ece(logits.sigmoid(), known), 'ece_base_rate': ece(constant, known),
-            'ece_selected': ece(p, known & selected), 'brier': brier(p[known], y[known]) if known.any() else None}
+    rate = y[known].float().mean().item() if known.any() else None
+    return {'ece': ece(p, known), 'ece_uncalibrated': ece(logits.sigmoid(), known), 'ece_selected': ece(p, known & selected),
+            'brier': brier(p[known], y[known]) if known.any() else None, 'brier_base_rate': rate and rate*(1 - rate)}
 
 # %% ../nbs/08_drag.ipynb #cc561a00
 def count_failed(metrics: dict, failed: int) -> dict:

@@ -173,7 +173,7 @@ class GuardedTrainer(Trainer):
         self.since, n = {}, total.pop('n', 0)
         return {k: v/n for k, v in total.items()} if n else {}
 
-# %% ../nbs/07_training.ipynb #e0c7a8cd
+# %% ../nbs/07_training.ipynb #0693b724
 class RunTrainer(GuardedTrainer):
     "GuardedTrainer with our measure as its evaluation, atomic checkpoints and the run's log. Made by `fit`."
     def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, **kwargs):
@@ -197,7 +197,7 @@ class RunTrainer(GuardedTrainer):
         self.run.log({'step': step, 'epoch': self.state.epoch, **{f'val/{k}': v for k, v in metrics.items()}})
         self.log({f'val/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))})  # for the trackers
         self.state.log_history.append({'step': step, 'measured': value})
-        if self.state.best_metric is None or self.sign*(value - self.state.best_metric) > 0:
+        if self.state.best_metric is None or self.sign*(value - self.state.best_metric) >= 0:  # of equals the one trained longer
             self.state.best_metric, self.state.best_global_step = value, step
             if self.is_world_process_zero(): save_weights(self.bare, self.run.folder/'model.safetensors')
         if out_of_patience(self.state, self.patience): self.control.should_training_stop = True
@@ -245,9 +245,9 @@ class RunTrainer(GuardedTrainer):
         self.accelerator.wait_for_everyone()
 
 def out_of_patience(state, patience: int) -> bool:
-    "Whether the last `patience` evaluations brought no better value than the best one before them."
-    since = sum('measured' in row and row['step'] > (state.best_global_step or 0) for row in state.log_history)
-    return bool(patience) and since >= patience
+    "Whether the last `patience` evaluations brought no better value than the ones before them."
+    measured = [row['measured'] for row in state.log_history if 'measured' in row]
+    return bool(patience) and bool(measured) and len(measured) - 1 - measured.index(state.best_metric) >= patience
 
 def checkpoints(folder: str | Path) -> list[Path]:
     "The whole checkpoints of a training folder, oldest first."

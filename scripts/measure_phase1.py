@@ -35,7 +35,7 @@ SETS = {
     'wq': ('wq', 7500, 500, {'epochs': 3}),
 }
 RANKED = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 'path_recall@50', 'map']
-PROBABLE = ['fact_precision', 'fact_recall', 'n_selected', 'ece_uncalibrated', 'ece', 'ece_base_rate', 'ece_selected']
+PROBABLE = ['fact_precision', 'fact_recall', 'n_selected', 'ece_uncalibrated', 'ece', 'ece_selected', 'brier', 'brier_base_rate']
 
 
 def files(name: str) -> dict[str, Path]:

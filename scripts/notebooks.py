@@ -42,12 +42,18 @@ def working_copy(root: Path = ROOT, staged: bool = False):
 
 
 def notebooks(root: Path) -> list[Path]:
-    "Every notebook nbdev sees: names and folders that begin with `_` or `.` are scratch."
+    "Every notebook nbdev sees: names and folders that begin with `_` or `.` are scratch, such as a leftover `nbs/_build_x.ipynb`."
     return sorted(p for p in (root / 'nbs').rglob('*.ipynb') if not any(part[0] in '_.' for part in p.relative_to(root).parts))
 
 
+def _shown(cell) -> str:
+    "All text of a cell's outputs."
+    outputs = [[o.get('text', ''), *o.get('traceback', ()), *o.get('data', {}).values()] for o in cell.get('outputs', ())]
+    return '\n'.join(str(part) for parts in outputs for part in parts)
+
+
 def malformed(root: Path) -> list[str]:
-    "Notebooks that are no notebooks, keep an error as output, or are run notebooks without a cell tagged `parameters`."
+    "Notebooks that are no notebooks, keep an error or a path of this machine as output, or are run notebooks without `parameters`."
     import nbformat
     out = []
     for path in notebooks(root):
@@ -61,6 +67,8 @@ def malformed(root: Path) -> list[str]:
         for i, cell in enumerate(nb.cells):
             if any(o.get('output_type') == 'error' for o in cell.get('outputs', [])):
                 out.append(f'{name}: cell {i} ended in an error; run it again')
+            path_shown = next((place for place in (str(ROOT), str(root.resolve()), '/site-packages/') if place in _shown(cell)), None)
+            if path_shown: out.append(f'{name}: the output of cell {i} shows a path of one machine ({path_shown}); silence it, run again')
         tagged = sum('parameters' in c.metadata.get('tags', []) for c in nb.cells)
         if path.parent.name == 'runs' and tagged != 1:
             out.append(f'{name}: {tagged} cells are tagged `parameters`, one must be: papermill would ignore every -p')

@@ -37,7 +37,8 @@ def train_tiny(config, *, run=None, resume=False):
             time.sleep(float(os.environ.get('SECONDS_A_STEP', 0)))
         return run.finish({'n': 4, 'failed': 0, 'rank': int(os.environ.get('RANK', 0)), 'answer_recall@10': 1 - config.learning_rate})
 
-def evaluate_tiny(run, data, *, split='test', skip_bad=False, predictions=None): return {'n': len(open(data).readlines()), 'failed': 0}
+def evaluate_tiny(run, data, *, split='test', skip_bad=False, predictions=None, controls=False):
+    return {'n': len(open(data).readlines()), 'failed': 0}
 '''
 DRAG = '''
 import sys
@@ -338,6 +339,13 @@ def test_audit(drag, home):
     assert drag('data audit train.jsonl leak.jsonl --max across/exact_duplicates=1 --max across/near_duplicates=1')[0] == 0
     code, out, err = drag('data audit train.jsonl bad.jsonl --skip-bad --max across/exact_duplicates=2 --max across/duplicate_ids=2 --json')
     assert code == 0 and json.loads(out)['test/skipped'] == 1 and 'skipped 1 malformed' in err and 'bad.jsonl:2' in err
+
+
+def test_audit_takes_the_cosine_of_the_library_where_none_is_given(drag, home):
+    for name, text in (('near1', 'In which country is the city of Bern?'), ('near2', 'In what country is the city of Bern?')):
+        write(home/f'{name}.jsonl', [question(name, 'Bern', 'Switzerland', question=text)])
+    def near(words=''): return json.loads(drag(f'data audit near1.jsonl near2.jsonl --json {words}')[1])['across/near_duplicates']
+    assert (near(), near('--near 0.9')) == (1, 0)
 
 
 def test_score(drag):

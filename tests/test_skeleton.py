@@ -1,5 +1,7 @@
 "The tools around the notebooks catch what they are there to catch."
 import base64
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,22 @@ def test_truncated_notebook_and_kept_error_are_found(project):
     assert found[0].startswith('nbs/01_cut.ipynb: not a notebook') and found[1].startswith('nbs/02_error.ipynb: cell 0 ended in an error')
 
 
+@pytest.mark.parametrize('place', [f'{ROOT}/data', '/usr/lib/python3/site-packages/tqdm/auto.py'])
+def test_paths_of_a_machine_in_outputs_are_found(project, place):
+    path = project / 'nbs' / '01_path.ipynb'
+    for output in (new_output('stream', text=f'{place}: a warning\n'), new_output('display_data', data={'text/plain': place})):
+        _write(path, new_markdown_cell('# Path'), new_code_cell('warn()', outputs=[output]))
+        (found,) = notebooks.malformed(project)
+        assert found.startswith('nbs/01_path.ipynb: the output of cell 1 shows a path of one machine')
+    _write(path, new_code_cell(f'root = {place!r}', outputs=[new_output('stream', text='data/a.jsonl\n')]))
+    assert notebooks.malformed(project) == []
+
+
+def test_a_leftover_build_is_no_notebook(project):
+    (project / 'nbs' / '_build_01_x.ipynb').write_text('{"cells": [')
+    assert notebooks.malformed(project) == [] and [p.name for p in notebooks.notebooks(project)] == ['00_one.ipynb']
+
+
 def test_notebook_that_nbdev_leaves_out_is_no_success(tmp_path, monkeypatch):
     (tmp_path / 'settings.ini').write_text((ROOT / 'settings.ini').read_text(encoding='utf-8'), encoding='utf-8')
     path = tmp_path / 'nbs' / '00_one.ipynb'
@@ -92,6 +110,20 @@ def test_notebook_that_nbdev_leaves_out_is_no_success(tmp_path, monkeypatch):
 def test_no_step_is_a_failure():
     done = subprocess.run([sys.executable, ROOT / 'scripts' / 'run_tests.py', 'no such step'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == '0 passed, 0 failed'
+
+
+@pytest.mark.parametrize('missing', ['', 'transformers'])
+def test_gpu_script_times_both_loops_and_leaves_one_out_in_one_line(tmp_path, missing):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[0] = 'x'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    words = '--device cpu --questions 40 --facts 10 --relations 5 --tokens 3 --epochs 2 --dim 8 --batch-size 16'.split()
+    done = subprocess.run([sys.executable, '-c', code, ROOT / 'scripts' / 'gpu_retriever.py', *words, '--out', tmp_path / 'out.json'],
+                          capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'out.json').read_text())
+    assert result['bare_loop/updates'] == 6 and result['bare_loop/ms_per_update'] > 0
+    left_out = [line for line in done.stdout.splitlines() if line.startswith('library loop left out')]
+    assert ('library_loop/ms_per_update' in result, len(left_out)) == (not missing, bool(missing))
+    assert result.get('library_loop/updates', 6) == 6 and not (ROOT / 'checkpoints' / 'library-loop').exists()
 
 
 def test_lock_meets_settings(monkeypatch):
