@@ -30,8 +30,8 @@ SETS = {
     'PQ-2H': ('PQ-2H', 1433, 160, {'epochs': 5}),
     'PQL-2H': ('PQL-2H', 1042, 116, {'epochs': 10}),
     'PQ-3H': ('PQ-3H', 2700, 300, {'epochs': 4}),
-    'metaqa-3hop': ('metaqa-3hop', 1000, 300, {'epochs': 8}),
-    'metaqa-3hop-own': ('metaqa-3hop', 1000, 300, {'epochs': 8}),  # on subgraphs of the library's own extraction from metaqa-kb
+    'metaqa-3hop': ('metaqa-3hop', 1000, 300, {'epochs': 6}),
+    'metaqa-3hop-own': ('metaqa-3hop', 1000, 300, {'epochs': 6}),  # on subgraphs of the library's own extraction from metaqa-kb
     'wq': ('wq', 7500, 500, {'epochs': 3}),
 }
 RANKED = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 'path_recall@50', 'map']
