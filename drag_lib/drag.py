@@ -7,7 +7,7 @@ __all__ = ['Share', 'Phase1Config', 'load_questions', 'Phase1', 'average_precisi
            'calibration_report', 'count_failed', 'temperature_of', 'crossfit', 'draw_phase1', 'telling_question',
            'build_retriever', 'train_phase1', 'load_retriever', 'evaluate_phase1', 'control_scores', 'fact_rows']
 
-# %% ../nbs/10_drag.ipynb #f3ae952a
+# %% ../nbs/10_drag.ipynb #24c49ba0
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import set_seed
 
 from .files import write_json, write_jsonl
 from .graphs import Batch, PackedQuestions, add_question_vectors, group_index, group_members, pack_questions, summary
-from .metrics import brier, expected_calibration_error, fit_temperature, plot_reliability, retrieval_metrics, segment_ranks, selection_metrics
+from .metrics import (brier, expected_calibration_error, fit_temperature, plot_reliability, retrieval_metrics, segment_ranks,
+                              selection_metrics)
 from .records import iter_questions
 from .plots import plot_recall, plot_subgraph, plot_training, save_figure
 from .retriever import Retriever, cosine_scores, relation_vectors, retrieval_loss, score_facts, select_facts, sum_at
@@ -137,9 +138,9 @@ def count_failed(metrics: dict, failed: int) -> dict:
             if k.startswith(prefixes) and out[k] is not None: out[k] = out[k]*n/(n + failed) if n + failed else None
     return out
 
-# %% ../nbs/10_drag.ipynb #0284f081
+# %% ../nbs/10_drag.ipynb #fdd1a8bc
 def temperature_of(packed: PackedQuestions, logits: Tensor, facts: Tensor | None = None) -> float:
-    "Temperature fitted on the labelled questions' facts (`facts` [n_facts] bool: on some of them); 1 where these have labels of one kind only."
+    "Temperature fitted on labelled questions (`facts` [n_facts] bool: on some of their facts); 1 where all labels are alike."
     at = labelled_questions(packed)[group_index(packed.fact_ptr)]
     if facts is not None: at = at & facts
     if packed.label[at].all() or not packed.label[at].any(): return 1.
@@ -172,11 +173,35 @@ def telling_question(packed: PackedQuestions) -> int:
     n = sum_at(group_index(packed.fact_ptr), packed.label.long(), len(packed))
     return int(torch.where(n <= 8, n, -1).argmax())
 
-# %% ../nbs/10_drag.ipynb #202fd849
+# %% ../nbs/10_drag.ipynb #d1847c26
 def build_retriever(config: Phase1Config, encoder: TextEncoder, relations: Tensor | None = None) -> Retriever:
     "An untrained retriever, the same for the same seed; `relations` [n, width]: the vectors of those that it will be trained on."
     set_seed(config.seed)
     return Retriever(encoder.width, config.dim, config.n_layers, config.dropout, relations, config.novelty_weight).to(encoder.device)
+
+def _load_both(config: Phase1Config, encoder: TextEncoder):
+    "Training and validation questions, each with what was malformed; TrainingError where nothing could be learnt or chosen."
+    read = lambda part, label: load_questions(getattr(config, part), getattr(config, f'{part}_split'), encoder, label=label,
+        limit=getattr(config, f'{part}_limit'), max_hops=config.max_hops, skip_bad=config.skip_bad)
+    train, val = read('train', 'training questions'), read('val', 'validation questions')
+    hops = f'no answer is within {config.max_hops} hops of a topic entity'
+    if not train[0].label.any(): raise TrainingError(f'{config.train}: no question has labels: {hops}')
+    if not val[0].label.any(): raise TrainingError(f'{config.val}: no question has labels, so no update can be chosen as the best: {hops}')
+    return *train, *val
+
+def _measure_on(val: PackedQuestions, relations: Tensor, config: Phase1Config, selection: dict):
+    "What `fit` measures: the loss on questions whose labels can be believed, and all metrics."
+    usable = val.batch(labelled_questions(val).nonzero()[:, 0])
+    facts, _ = group_members(val.fact_ptr, usable.question)
+    def measure(model: Phase1) -> dict:
+        logits = score_facts(model.retriever, val, relations)
+        loss, _ = retrieval_loss(logits[facts], usable.label, usable.fact_ptr, config.rho, config.margin)
+        return {'loss': loss.item()} | retrieval_report(val, logits, **selection)
+    return measure
+
+# %% ../nbs/10_drag.ipynb #ca1c4660
+_SELECTION = ('top_k', 'threshold', 'fallback')
+_SAVED = ('encoder', 'dim', 'n_layers', 'novelty_weight', 'max_hops', *_SELECTION)
 
 def train_phase1(
     config: Phase1Config, *,
@@ -189,35 +214,26 @@ def train_phase1(
     if resume and run and (done := _finished(run, config)): return done
     with start_run(run, asdict(config), method='drag-phase1', data=data, seed=config.seed, resume=resume) as r:
         encoder = TextEncoder(config.encoder)
-        options = {'max_hops': config.max_hops, 'skip_bad': config.skip_bad}
-        train, bad = load_questions(config.train, config.train_split, encoder, limit=config.train_limit, label='training questions', **options)
-        val, bad_val = load_questions(config.val, config.val_split, encoder, limit=config.val_limit, label='validation questions', **options)
+        train, bad, val, bad_val = _load_both(config, encoder)
         items = labelled_questions(train).nonzero()[:, 0].tolist()
-        if not train.label.any(): raise TrainingError(f'{config.train}: no question has labels: no answer is within {config.max_hops} hops of a topic entity')
-        if not val.label.any(): raise TrainingError(f'{config.val}: no question has labels, so no update can be chosen as the best')
         relations, known = (relation_vectors(part.relations, encoder) for part in (val, train))
+        selection = {k: getattr(config, k) for k in _SELECTION}
         model = Phase1(build_retriever(config, encoder, known), known, config.rho, config.margin)
-        selection = {k: getattr(config, k) for k in ('top_k', 'threshold', 'fallback')}
-        usable = val.batch(labelled_questions(val).nonzero()[:, 0])  # whose labels the loss may believe
-        def measure(model):
-            logits = score_facts(model.retriever, val, relations)
-            believed, _ = group_members(val.fact_ptr, usable.question)
-            loss, _ = retrieval_loss(logits[believed], usable.label, usable.fact_ptr, config.rho, config.margin)
-            return {'loss': loss.item()} | retrieval_report(val, logits, **selection)
-        told = fit(model, items, lambda i: train.batch(torch.tensor(i))._asdict(), config, r, measure, 'map', label='phase 1')
+        told = fit(model, items, lambda i: train.batch(torch.tensor(i))._asdict(), config, r,
+                   _measure_on(val, relations, config, selection), 'map', label='phase 1')
         logits = score_facts(model.retriever, val, relations)
         temperature = temperature_of(val, logits)
-        report = retrieval_report(val, logits, temperature=temperature, **selection)
         fair = retrieval_report(val, crossfit(val, logits), **selection)
-        report |= {k: fair[k] for k in ('ece', 'ece_selected', 'brier')}
+        report = retrieval_report(val, logits, temperature=temperature, **selection) | {k: fair[k] for k in ('ece', 'ece_selected', 'brier')}
         if r.writes:
-            write_json(r.folder/'retriever.json', {k: getattr(config, k) for k in _SAVED} | {'text_width': encoder.width, 'temperature': temperature})
-            if plots: draw_phase1(r, val, logits, temperature, {'untrained': score_facts(build_retriever(config, encoder, known), val, relations)})
+            settings = {k: getattr(config, k) for k in _SAVED}
+            write_json(r.folder/'retriever.json', settings | {'text_width': encoder.width, 'temperature': temperature})
+            if plots:
+                untrained = score_facts(build_retriever(config, encoder, known), val, relations)
+                draw_phase1(r, val, logits, temperature, {'untrained': untrained})
         counts = {'n_train': len(train), 'n_train_unlabelled': len(train) - len(items), 'n_train_malformed': len(bad)}
         counts |= {f'train_{k}': v for k, v in summary(train).items() if k.startswith(('labels_', 'answer_coverage'))}
         return r.finish(count_failed(report, len(bad_val)) | told | counts | {'temperature': temperature})
-
-_SAVED = ('encoder', 'dim', 'n_layers', 'novelty_weight', 'top_k', 'threshold', 'fallback', 'max_hops')
 
 def _finished(run: str, config: Phase1Config) -> dict | None:
     "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
@@ -229,7 +245,7 @@ def _finished(run: str, config: Phase1Config) -> dict | None:
     if changed: raise RunError(f'run {run!r} is done and cannot go on with another config: {", ".join(changed)}: choose another --run')
     return r.metrics
 
-# %% ../nbs/10_drag.ipynb #367c2f0f
+# %% ../nbs/10_drag.ipynb #69fe389a
 def load_retriever(run: str) -> tuple[Retriever, dict]:
     "(the run's best retriever in evaluation mode, its settings: encoder, temperature, selection). Weights are read from safetensors."
     from safetensors.torch import load_file
@@ -257,7 +273,7 @@ def evaluate_phase1(
     packed, bad = load_questions(data, split, encoder, max_hops=settings['max_hops'], skip_bad=skip_bad, label='questions')
     relations = relation_vectors(packed.relations, encoder)
     logits = score_facts(model, packed, relations)
-    selection = {k: settings[k] for k in ('temperature', 'top_k', 'threshold', 'fallback')}
+    selection = {k: settings[k] for k in ('temperature', *_SELECTION)}
     out = count_failed(retrieval_report(packed, logits, **selection), len(bad))
     if controls:
         config = Phase1Config(**{k: v for k, v in load_run(run).manifest['config'].items() if k in {f.name for f in fields(Phase1Config)}})
@@ -268,11 +284,14 @@ def evaluate_phase1(
     return out
 
 def control_scores(packed: PackedQuestions, encoder: TextEncoder, config: Phase1Config, known: Tensor) -> dict[str, Tensor]:
-    "Scores of the two controls: the same network untrained (it knows the relations `known`), and the encoder's cosine of question and fact."
+    "Scores of the controls: the same network untrained (it knows the relations `known`); the encoder's cosine of question and fact."
     relations = relation_vectors(packed.relations, encoder)
-    return {'untrained': score_facts(build_retriever(config, encoder, known), packed, relations), 'cosine': cosine_scores(packed, encoder, 'encoding facts')}
+    return {'untrained': score_facts(build_retriever(config, encoder, known), packed, relations),
+            'cosine': cosine_scores(packed, encoder, 'encoding facts')}
 
-def fact_rows(packed: PackedQuestions, logits: Tensor, *, temperature: float = 1., top_k: int = 100, threshold: float = .01, fallback: int = 1):
+def fact_rows(
+    packed: PackedQuestions, logits: Tensor, *, temperature: float = 1., top_k: int = 100, threshold: float = .01, fallback: int = 1,
+):
     "Yield {'id', 'question', 'facts': [[head, relation, tail, probability], …]}: the selected facts, best first."
     p = torch.sigmoid(logits/temperature)
     chosen = select_facts(p, packed.fact_ptr, top_k, threshold, fallback)

@@ -74,7 +74,7 @@ class KnowledgeGraph:
         e, r = self.entities, self.relations
         return [(e[h], r[p], e[t]) for h, p, t in self.facts[facts].tolist()]
 
-# %% ../nbs/03_graphs.ipynb #abac8f59
+# %% ../nbs/03_graphs.ipynb #4daa7e9b
 def _text_lines(path):
     opener = gzip.open if path.name.endswith('.gz') else open
     try:
@@ -96,7 +96,7 @@ def _parse_rows(path, kind):
 _HEADERS = ('head', 'relation', 'tail'), ('h', 'r', 't'), ('subject', 'predicate', 'object')
 
 def read_triples(path: str | Path) -> Iterable[tuple[str, str, str]]:
-    "Yield (head, relation, tail) from a file of triples. Raises ValueError ('file:line: …') where a line is no triple, FileNotFoundError."
+    "Yield (head, relation, tail) from a file of triples. ValueError ('file:line: …') where a line is no triple; FileNotFoundError."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file of triples')
     kind = path.name.removesuffix('.gz').rsplit('.', 1)[-1].lower()
@@ -189,7 +189,7 @@ def _walk(kg, topics, weight, steps, restart, beam):
     fact, where = np.unique(np.concatenate(met), return_inverse=True)
     return fact, np.bincount(where, np.concatenate(flows))
 
-# %% ../nbs/03_graphs.ipynb #954fb888
+# %% ../nbs/03_graphs.ipynb #b7b5c749
 def _grow(kg, topics, fact, flow, budget):
     "At most `budget` of the facts, heaviest first among those connected to the topics so far."
     if len(fact) > 8*budget:
@@ -228,7 +228,9 @@ def extract_subgraphs(
     out = []
     for q, names, weight in zip(tqdm(questions, desc=progress, unit='question', disable=progress is None), topics, weights):
         lost = [t for t in names if t not in kg.entity_id]
-        if lost or not names: raise ValueError(f'question {q[:80]!r}: ' + (f'topic entity {lost[0][:80]!r} is not in the graph' if lost else 'no topic entity'))
+        if lost or not names:
+            why = f'topic entity {lost[0][:80]!r} is not in the graph' if lost else 'no topic entity'
+            raise ValueError(f'question {q[:80]!r}: {why}')
         ids = np.array(sorted({kg.entity_id[t] for t in names}))
         out.append(kg.triples(_grow(kg, ids.tolist(), *_walk(kg, ids, weight, steps, restart, beam), budget)))
     return out
@@ -445,7 +447,7 @@ def load_packed(path: str | Path) -> PackedQuestions:
     names = {k: Names(tensors.pop(f'{k}.data'), tensors.pop(f'{k}.ptr')) for k in _NAMES}
     return PackedQuestions(**tensors, **names)
 
-# %% ../nbs/03_graphs.ipynb #61e11f90
+# %% ../nbs/03_graphs.ipynb #93b8d80d
 def summary(packed: PackedQuestions) -> dict[str, float]:
     "Counts and coverage: facts a question, share of the answers that are in the graph, questions by label source."
     in_graph = torch.zeros(len(packed)).index_add_(0, group_index(packed.node_ptr), packed.answer.float())
@@ -453,6 +455,7 @@ def summary(packed: PackedQuestions) -> dict[str, float]:
     sources = Counter(packed.label_source.tolist())
     mean = lambda x: x.float().mean().item() if len(x) else 0.
     return {'n': len(packed), 'n_facts': len(packed.head), 'n_entities': len(packed.entities), 'n_relations': len(packed.relations),
-            'facts_per_question': len(packed.head)/max(len(packed), 1), 'label_share': mean(packed.label), 'n_unanswerable': int((~asked).sum()),
+            'facts_per_question': len(packed.head)/max(len(packed), 1), 'label_share': mean(packed.label),
+            'n_unanswerable': int((~asked).sum()),
             'answer_coverage': mean((in_graph/packed.n_answers)[asked]), 'any_answer_coverage': mean((in_graph > 0)[asked]),
             **{f'labels_{name.replace(" ", "_")}': sources.get(i, 0) for i, name in enumerate(LABEL_SOURCES)}}

@@ -65,7 +65,7 @@ def plot_recall(
     axes[0].legend(frameon=False, fontsize=8, loc='lower right'); axes[0].set_title(title)
     return fig
 
-# %% ../nbs/08_plots.ipynb #8057dd13
+# %% ../nbs/08_plots.ipynb #f26cb991
 def plot_subgraph(
     triples: list[tuple[str, str, str]],  # the question's facts
     probability: list[float],  # of each
@@ -86,11 +86,14 @@ def plot_subgraph(
         nx.draw_networkx_edges(nx.Graph([(a, b)]), place, ax=ax, width=.4 + 4*probability[i], edge_color=color[gold[i]], alpha=.75)
     labels = {}
     for a, b, i in graph.edges(data='fact'): labels.setdefault((a, b), []).append(f'{triples[i][1]} {probability[i]:.2f}')
-    nx.draw_networkx_edge_labels(nx.Graph(list(labels)), place, {e: '\n'.join(t) for e, t in labels.items()}, ax=ax, font_size=6.5, rotate=False, bbox={'fc': 'white', 'ec': 'none', 'alpha': .7, 'pad': .5})
+    nx.draw_networkx_edge_labels(nx.Graph(list(labels)), place, {e: '\n'.join(t) for e, t in labels.items()}, ax=ax, font_size=6.5,
+                                 rotate=False, bbox={'fc': 'white', 'ec': 'none', 'alpha': .7, 'pad': .5})
     fill = [BLUE if n in topics else ORANGE if n in answers else '#d9d9d9' for n in graph]
     nx.draw_networkx_nodes(graph, place, ax=ax, node_color=fill, node_size=130)
-    for n, (x, y) in place.items(): ax.annotate(n if len(n) < 28 else n[:26] + '…', (x, y), xytext=(0, 9), textcoords='offset points', ha='center', fontsize=8)
+    for n, at in place.items():
+        ax.annotate(n if len(n) < 28 else n[:26] + '…', at, xytext=(0, 9), textcoords='offset points', ha='center', fontsize=8)
     hidden = len(triples) - len(shown)
-    ax.set_title(f'{title}\nwidth = probability; green = on a gold path, red = not; blue = topic, orange = answer; {hidden} facts below {least} not drawn', fontsize=8)
+    legend = 'width = probability; green = on a gold path, red = not; blue = topic, orange = answer'
+    ax.set_title(f'{title}\n{legend}; {hidden} facts below {least} not drawn', fontsize=8)
     ax.margins(.15); ax.axis('off')
     return fig

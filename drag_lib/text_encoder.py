@@ -38,7 +38,7 @@ def _load(name: str, device: str):
         raise ValueError(f'encoder {name!r}: no such folder, and the hub does not give it ({str(e).splitlines()[0]})') from None
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/02_text_encoder.ipynb #4ead37f5
+# %% ../nbs/02_text_encoder.ipynb #0655b5b1
 @dataclass
 class TextEncoder:
     "Frozen sentence encoder with a cache on disk. `name`: 'minilm', or a sentence-transformers hub id or folder."
@@ -108,7 +108,8 @@ class TextEncoder:
                 sentences = [(self._key('sentence', t), packed(row['sentence_embedding'])) for (_, t), row in zip(part, rows)]
                 if kind == 'sentence': yield sentences
                 else:  # the sentence vectors come with the tokens: keep both
-                    yield sentences + [(k, packed(row['token_embeddings'][row['attention_mask'].bool()])) for (k, _), row in zip(part, rows)]
+                    tokens = [row['token_embeddings'][row['attention_mask'].bool()] for row in rows]
+                    yield sentences + [(k, packed(t)) for (k, _), t in zip(part, tokens)]
                 bar.update(len(part))
 
 # %% ../nbs/02_text_encoder.ipynb #e4d1ff9f

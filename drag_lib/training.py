@@ -84,7 +84,7 @@ def first_bad_tensor(model: nn.Module, inputs: dict) -> str:
         for h in hooks: h.remove()
     return f'output of {found[0]}' if found else 'none when the forward pass was repeated'
 
-# %% ../nbs/07_training.ipynb #65875e92
+# %% ../nbs/07_training.ipynb #d28ca8de
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     "What training changes: trainable parameters and buffers, by name, on the CPU."
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -100,13 +100,14 @@ def load_weights(model: nn.Module, path: str | Path):
     from safetensors.torch import load_file
     found, expected = load_file(path), trained_weights(model)
     wrong = sorted(found.keys() ^ expected.keys()) or [n for n in found if found[n].shape != expected[n].shape]
-    if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more are missing, unknown or of another shape')
+    if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more missing, unknown or of another shape')
     model.load_state_dict(found, strict=False)
 
-# %% ../nbs/07_training.ipynb #87c9f740
+# %% ../nbs/07_training.ipynb #cd184f16
 class _Order(torch.utils.data.Sampler):
     "A new permutation of `n` items each epoch, then `padding` empty places; the epoch is asked for when an iteration begins."
-    def __init__(self, n: int, padding: int, seed: int, epoch: Callable[[], int]): self.n, self.padding, self.seed, self.epoch = n, padding, seed, epoch
+    def __init__(self, n: int, padding: int, seed: int, epoch: Callable[[], int]):
+        self.n, self.padding, self.seed, self.epoch = n, padding, seed, epoch
     def __len__(self): return self.n + self.padding
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed*100_003 + self.epoch())
@@ -126,12 +127,13 @@ def _counted(collate, stand_in):
         return {**collate(real or [stand_in]), 'n_real': len(real)}
     return collated
 
-# %% ../nbs/07_training.ipynb #d3d373fc
+# %% ../nbs/07_training.ipynb #55a04828
 class GuardedTrainer(Trainer):
     "transformers.Trainer whose loss is a mean over items and stops where it is not finite."
     def __init__(self, model, args, items: list, collate, **kwargs):
         self.items, self.share = items, args.per_device_train_batch_size*args.world_size
-        super().__init__(model, args, train_dataset=_Items(items), eval_dataset=_Items([0]), data_collator=_counted(collate, items[0]), **kwargs)
+        super().__init__(model, args, train_dataset=_Items(items), eval_dataset=_Items([0]),
+                         data_collator=_counted(collate, items[0]), **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is divided by the micro-batches of an update: here, and so everywhere
         self.updates_an_epoch = math.ceil(math.ceil(len(items)/self.share)/args.gradient_accumulation_steps)
         self.n_items, self.n_clipped, self.since = 0, 0, {}
@@ -153,7 +155,8 @@ class GuardedTrainer(Trainer):
             raise TrainingError(f'update {self.state.global_step + 1}: the loss is {out["loss"].item()}; first non-finite tensor: {where}')
         n = int(out['n_items']) if n_real else 0
         self.n_items += n
-        for name, value in {'loss': out['loss'], **out.get('parts', {})}.items(): self.since[name] = self.since.get(name, 0.) + n*value.detach()
+        for name, value in {'loss': out['loss'], **out.get('parts', {})}.items():
+            self.since[name] = self.since.get(name, 0.) + n*value.detach()
         self.since['n'] = self.since.get('n', 0.) + torch.tensor(float(n), device=out['loss'].device)
         loss = out['loss']*(n/self.items_of_update()*self.current_gradient_accumulation_steps*self.args.world_size)
         return (loss, out) if return_outputs else loss
@@ -162,7 +165,8 @@ class GuardedTrainer(Trainer):
         named = [(n, p.grad) for n, p in self.accelerator.unwrap_model(model).named_parameters() if p.grad is not None]
         self.without_gradient -= {n for n, g in named if n in self.without_gradient and g.any()}
         self.n_clipped += 1
-        try: return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], self.args.max_grad_norm, error_if_nonfinite=True)
+        with_gradient = [p for p in model.parameters() if p.grad is not None]
+        try: return nn.utils.clip_grad_norm_(with_gradient, self.args.max_grad_norm, error_if_nonfinite=True)
         except RuntimeError:
             bad = next((n for n, g in named if not torch.isfinite(g).all()), 'their total norm overflows')
             raise TrainingError(f'update {self.state.global_step + 1}: gradient not finite: {bad}') from None
@@ -253,7 +257,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     "The whole checkpoints of a training folder, oldest first."
     return sorted(Path(folder).glob('checkpoint-*'), key=lambda p: int(p.name.rsplit('-', 1)[-1]))
 
-# %% ../nbs/07_training.ipynb #25e65e57
+# %% ../nbs/07_training.ipynb #b2b2ab3e
 def clock(seconds: float) -> str:
     "90 → '1:30', 3700 → '1:01:40'."
     m, s = divmod(int(seconds), 60)
@@ -282,11 +286,12 @@ class Progress(TrainerCallback):
         self.shown = spent
         left = clock(spent/max(done, 1)*(state.max_steps - state.global_step))
         loss = f' · loss {self.last["loss"]:.4f}' if 'loss' in self.last else ''
-        line = f'{self.label}: epoch {state.epoch or 0:.1f} · update {state.global_step}/{state.max_steps}{loss}{self.value} · {done/spent:.1f}/s · left {left}'
+        where = f'epoch {state.epoch or 0:.1f} · update {state.global_step}/{state.max_steps}'
+        line = f'{self.label}: {where}{loss}{self.value} · {done/spent:.1f}/s · left {left}'
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #e0b1e113
+# %% ../nbs/07_training.ipynb #24949603
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items; shuffled anew each epoch
@@ -304,7 +309,8 @@ def fit(
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
     trainer = RunTrainer(
         model, _arguments(config, run, each, accumulate, updates), items, collate,
-        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, callbacks=[Progress(label, metric)])
+        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience,
+        callbacks=[Progress(label, metric)])
     if trainer.args.world_size != world_size():
         raise TrainingError(f'{world_size()} processes were started but training sees {trainer.args.world_size}')
     trainer.remove_callback(PrinterCallback)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from drag_lib.drag import Phase1Config, build_retriever, control_scores, crossfit, load_questions, load_retriever, retrieval_report, train_phase1
+from drag_lib.drag import (
+    Phase1Config, build_retriever, control_scores, crossfit, load_questions, load_retriever, retrieval_report, train_phase1)
 from drag_lib.files import write_json
 from drag_lib.graphs import KnowledgeGraph, extract_subgraphs
 from drag_lib.metrics import seed_interval
@@ -35,6 +36,7 @@ SETS = {
     'wq': ('wq', 7500, 500, {'epochs': 3}),
 }
 RANKED = [f'answer_recall@{k}' for k in (1, 5, 10, 50, 100)] + ['path_recall@10', 'path_recall@50', 'map']
+SHOWN = ['answer_recall@10', 'answer_recall@50', 'path_recall@10', 'path_recall@50']
 PROBABLE = ['fact_precision', 'fact_recall', 'n_selected', 'ece_uncalibrated', 'ece', 'ece_selected', 'brier', 'brier_base_rate']
 
 
@@ -52,7 +54,8 @@ def files(name: str) -> dict[str, Path]:
     if name.endswith('-own'):
         kg = KnowledgeGraph.read(SHARED/'metaqa-kb.jsonl.gz')
         for part, records in parts.items():
-            graphs = extract_subgraphs(kg, [r.question for r in records], [r.q_entity for r in records], 200, progress=f'subgraphs of {part}')
+            asked, topics = [r.question for r in records], [r.q_entity for r in records]
+            graphs = extract_subgraphs(kg, asked, topics, 200, progress=f'subgraphs of {part}')
             parts[part] = [QuestionRecord(**{**r.model_dump(), 'graph': g}) for r, g in zip(records, graphs)]
     for part, records in parts.items(): write_questions(records, paths[part])
     return paths
@@ -103,7 +106,8 @@ def mean_rows(rows: list[dict]) -> dict:
 
 
 def made_by(*words: str) -> dict:
-    return {'device': device_name(), 'threads': torch.get_num_threads(), 'command': ' '.join(['scripts/measure_phase1.py', *words]), 'git': git_state()}
+    command = ' '.join(['scripts/measure_phase1.py', *words])
+    return {'device': device_name(), 'threads': torch.get_num_threads(), 'command': command, 'git': git_state()}
 
 
 def transfer(names: list[str], seeds: list[int]):
@@ -123,9 +127,10 @@ def transfer(names: list[str], seeds: list[int]):
                 rows['trained'].append(retrieval_report(packed, score_facts(model, packed, relations), temperature=temperature))
                 model.novelty_weight = 0.
                 rows['trained, novelty 0'].append(retrieval_report(packed, score_facts(model, packed, relations), temperature=temperature))
-                rows['untrained'].append(retrieval_report(packed, score_facts(build_retriever(config, encoder, known), packed, relations), probability=False))
-            table[f'{source} -> {target}'] = {row: mean_rows(values) for row, values in rows.items()}
-            print(source, '->', target, {row: {k: round(v['mean'], 3) for k, v in means.items()} for row, means in table[f'{source} -> {target}'].items()}, flush=True)
+                scores = score_facts(build_retriever(config, encoder, known), packed, relations)
+                rows['untrained'].append(retrieval_report(packed, scores, probability=False))
+            table[f'{source} -> {target}'] = means = {row: mean_rows(values) for row, values in rows.items()}
+            print(source, '->', target, {row: [round(means[row][k]['mean'], 3) for k in SHOWN] for row in means}, flush=True)
     write_json(project_folder()/'figures/bench/phase1-transfer.json', {**made_by('--transfer'), 'seeds': seeds, 'transfer': table})
 
 
@@ -142,9 +147,10 @@ def novelty(names: list[str]):
             for model.novelty_weight in weights:
                 report = retrieval_report(packed, score_facts(model, packed, relations), probability=False)
                 table[f'{source} -> {target}, {model.novelty_weight:.0f}'] = {k: report[k] for k in RANKED}
-                print(source, '->', target, model.novelty_weight, {k: round(report[k], 3) for k in ('answer_recall@10', 'path_recall@10', 'path_recall@50', 'map')}, flush=True)
-    mean = {f'{w:.0f}': {k: sum(v[k] for pair, v in table.items() if pair.endswith(f', {w:.0f}'))*len(weights)/len(table) for k in RANKED} for w in weights}
-    print('mean', {w: {k: round(v[k], 3) for k in ('answer_recall@10', 'path_recall@10', 'path_recall@50', 'map')} for w, v in mean.items()})
+                print(source, '->', target, model.novelty_weight, [round(report[k], 3) for k in SHOWN], flush=True)
+    of_weight = {f'{w:.0f}': [row for pair, row in table.items() if pair.endswith(f', {w:.0f}')] for w in weights}
+    mean = {w: {k: sum(row[k] for row in rows)/len(rows) for k in RANKED} for w, rows in of_weight.items()}
+    print('mean', {w: [round(v[k], 3) for k in SHOWN] for w, v in mean.items()})
     write_json(project_folder()/'figures/bench/phase1-novelty.json', {**made_by('--novelty'), 'mean': mean, 'pairs': table})
 
 
