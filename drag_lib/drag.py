@@ -199,7 +199,7 @@ def _measure_on(val: PackedQuestions, relations: Tensor, config: Phase1Config, s
         return {'loss': loss.item()} | retrieval_report(val, logits, **selection)
     return measure
 
-# %% ../nbs/10_drag.ipynb #ca1c4660
+# %% ../nbs/10_drag.ipynb #5f2d52bc
 _SELECTION = ('top_k', 'threshold', 'fallback')
 _SAVED = ('encoder', 'dim', 'n_layers', 'novelty_weight', 'max_hops', *_SELECTION)
 
@@ -224,7 +224,8 @@ def train_phase1(
         logits = score_facts(model.retriever, val, relations)
         temperature = temperature_of(val, logits)
         fair = retrieval_report(val, crossfit(val, logits), **selection)
-        report = retrieval_report(val, logits, temperature=temperature, **selection) | {k: fair[k] for k in ('ece', 'ece_selected', 'brier')}
+        report = retrieval_report(val, logits, temperature=temperature, **selection)
+        report |= {k: fair[k] for k in ('ece', 'ece_selected', 'brier')}
         if r.writes:
             settings = {k: getattr(config, k) for k in _SAVED}
             write_json(r.folder/'retriever.json', settings | {'text_width': encoder.width, 'temperature': temperature})
