@@ -88,7 +88,7 @@ def assert_same_step(model: Retriever, packed: PackedQuestions, questions: Tenso
         off = (g - many[name]).abs().max()/g.abs().max().clamp_min(1e-6)
         assert off < 1e-4, f'batch and loop differ: gradient of {name} by {off:.1e}'
 
-# %% ../nbs/11_bench.ipynb #7faceb3f
+# %% ../nbs/11_bench.ipynb #f720bc12
 _SIZES = {'PQ-2H': 33, 'PQ-3H': 153}  # facts a question
 _SHARED = '../shared/data/kgqa'
 
@@ -99,21 +99,28 @@ def bench_retriever(
     threads: int = 1,  # of torch
     n_questions: int = 200,  # drawn from each data set
     data: str | None = None,  # folder with PQ-2H.train.jsonl.gz and PQ-3H.train.jsonl.gz; none: the shared one, else made-up questions
+    out: str | None = None,  # also write the figures to this .json file
 ) -> dict:
     "Milliseconds of training a question: the batched retriever and, in turn with it, a loop over its questions."
-    from drag_lib.runs import device_name
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = {'machine': device_name(), 'device': 'cpu', 'threads': threads, 'torch': str(torch.__version__),
-                  'batch_size': batch_size, 'steps': steps}
+        result = {'device': 'cpu', 'threads': threads, 'batch_size': batch_size, 'steps': steps}
         for name in _SIZES:
             packed, relations, source = _bench_data(name, n_questions, data)
             key = name.lower().replace('-', '')
             result |= {f'{key}/data': source, f'{key}/facts_per_question': len(packed.head)/len(packed)}
             for dim in dims: result |= {f'{key}/dim{dim}/{k}': v for k, v in _alternate(packed, relations, dim, batch_size, steps).items()}
-        return result
+        return _signed('drag bench retriever', result, out)
     finally: torch.set_num_threads(before)
+
+def _signed(command: str, result: dict, out: str | None) -> dict:
+    "The figures with the machine, the command and the commit that made them; written to `out` where one is given."
+    from drag_lib.files import write_json
+    from drag_lib.runs import device_name, git_state
+    result = {'command': command, 'commit': git_state()['commit'], 'machine': device_name(), 'torch': str(torch.__version__), **result}
+    if out: write_json(out, result)
+    return result
 
 def _alternate(packed, relations, dim, batch_size, steps, warm_up=3) -> dict:
     "Batched and looped training in turn, from the same weights, on the same questions."
@@ -149,7 +156,7 @@ def _bench_data(name, n, folder):
     encoder, packed = TextEncoder(), pack_questions(random.Random(0).sample(records, min(n, len(records))))
     return add_question_vectors(packed, encoder), relation_vectors(packed.relations, encoder), path.name
 
-# %% ../nbs/11_bench.ipynb #9185fb57
+# %% ../nbs/11_bench.ipynb #95b2a411
 def bench_packing(
     n_questions: int = 27_600,  # CWQ's training set
     facts: int = 50,  # a question
@@ -158,6 +165,7 @@ def bench_packing(
     batch_size: int = 16,  # questions an update
     dim: int = 256,  # width of the network
     threads: int = 1,  # of torch
+    out: str | None = None,  # also write the figures to this .json file
 ) -> dict:
     "Seconds to read and pack a data set file of CWQ's size, and peak memory with some training after it, in a fresh process."
     from drag_lib.records import write_questions
@@ -168,8 +176,9 @@ def bench_packing(
         command = [sys.executable, '-c', code, json.dumps([str(file), updates, batch_size, dim])]
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
         if done.returncode: raise RuntimeError(f'packing in a fresh process ended with exit code {done.returncode}')
-        return {'n_questions': n_questions, 'facts_per_question': facts, 'file_mb': file.stat().st_size/1e6, 'question_vectors': 'random',
-                'threads': threads, 'batch_size': batch_size, 'dim': dim, **json.loads(done.stdout.splitlines()[-1])}
+        result = {'n_questions': n_questions, 'facts_per_question': facts, 'file_mb': file.stat().st_size/1e6, 'question_vectors': 'random',
+                  'threads': threads, 'batch_size': batch_size, 'dim': dim, **json.loads(done.stdout.splitlines()[-1])}
+        return _signed('drag bench packing', result, out)
 
 def _pack_and_train(file: str, updates: int, batch_size: int, dim: int) -> dict:
     from drag_lib.records import iter_questions
