@@ -6,14 +6,14 @@
 __all__ = ['RetrieverOutput', 'sum_at', 'Retriever', 'fact_embeddings', 'relation_vectors', 'pairwise_hinge', 'retrieval_loss',
            'select_facts', 'score_facts', 'cosine_scores']
 
-# %% ../nbs/09_retriever.ipynb #10af4758
+# %% ../nbs/09_retriever.ipynb #03187b68
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graphs import Batch, PackedQuestions, group_index
+from .graphs import Batch, PackedQuestions, group_index, group_members
 from .metrics import segment_ranks
 from .text_encoder import TextEncoder, spell_out
 
@@ -182,7 +182,7 @@ def select_facts(
     rank = segment_ranks(probability, fact_ptr)
     return (rank < fallback) | ((rank < top_k) & (probability > threshold))
 
-# %% ../nbs/09_retriever.ipynb #33fae776
+# %% ../nbs/09_retriever.ipynb #9e5650c1
 @torch.no_grad()
 def score_facts(
     model: Retriever, packed: PackedQuestions, relations: Tensor,  # [n_relations, text_width], of `packed`'s relations
@@ -198,10 +198,12 @@ def score_facts(
 
 def cosine_scores(packed: PackedQuestions, encoder: TextEncoder, progress: str | None = None) -> Tensor:  # [n_facts]
     "Control: cosine of the sentence encoder between each question and each of its facts as 'head relation tail'."
-    question, shift = group_index(packed.fact_ptr), packed.node_ptr[:-1]
-    column = lambda ends: packed.entity[ends + shift[question]].long()
-    named = torch.stack([column(packed.head), packed.rel.long(), column(packed.tail)], 1)
-    facts, where = torch.unique(named, dim=0, return_inverse=True)
-    e, r = list(packed.entities), [spell_out(x) for x in packed.relations]
-    vectors = encoder.encode([f'{e[h]} {r[p]} {e[t]}' for h, p, t in facts.tolist()], progress)
-    return F.cosine_similarity(vectors[where], encoder.encode(list(packed.questions))[question])
+    head, tail = packed.ends()
+    named = torch.stack([packed.entity[head].long(), packed.rel.long(), packed.entity[tail].long()], 1)
+    sentence, spelled, parts = encoder.encode(list(packed.questions)), [spell_out(r) for r in packed.relations], []
+    for questions in torch.arange(len(packed)).split(2000):  # so that not all facts' vectors are held at once
+        facts, ptr = group_members(packed.fact_ptr, questions)
+        unique, where = torch.unique(named[facts], dim=0, return_inverse=True)
+        texts = [f'{packed.entities[h]} {spelled[r]} {packed.entities[t]}' for h, r, t in unique.tolist()]
+        parts.append(F.cosine_similarity(encoder.encode(texts, progress)[where], sentence[questions][group_index(ptr)]))
+    return torch.cat(parts)
