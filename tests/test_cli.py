@@ -114,8 +114,10 @@ def script(home, *words, **env):
 
 
 def start(home, *words, **env):
+    "A process that Ctrl-C can reach, also where the tests run in the background of a shell, which ignores it."
     env = {**os.environ, 'DRAG_HOME': str(home), **env}
-    return subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def one_line(err, *parts):
