@@ -51,7 +51,7 @@ def five_questions(path: Path) -> str:
 def main():
     os.chdir(ROOT)
     run = f'demo-{time.strftime("%Y%m%d-%H%M%S")}'
-    out = ROOT/'checkpoints'/run
+    out = Path('checkpoints')/run
     step(1, 'the embedded data set: real facts, questions split by entity', 'data', 'world', '--out', 'data/world', '--seed', '0')
     step(2, 'is it sound? duplicates, leakage, coverage', 'data', 'audit', str(WORLD/'train.jsonl.gz'), str(WORLD/'test.jsonl.gz'))
     settings = {'run': run, 'dim': 256, 'epochs': 4, 'learning_rate': 0.001}
