@@ -5,7 +5,7 @@
     .venv/bin/python scripts/measure_phase1.py --transfer                    each set's retrievers on the other sets' dev questions
     .venv/bin/python scripts/measure_phase1.py --novelty                     the novelty term's weight, on questions held out of train files
 
-A set's dev file is touched once, at the end. The checkpoint and the temperature are chosen on questions held out of its train file.
+The checkpoint and the temperature are chosen on questions held out of a set's train file, never on its dev file.
 """
 import argparse
 import sys
