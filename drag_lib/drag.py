@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Share', 'Phase1Config', 'load_questions', 'Phase1', 'average_precision', 'retrieval_report', 'labelled_questions',
            'calibration_report', 'count_failed', 'temperature_of', 'crossfit', 'draw_phase1', 'telling_question',
-           'build_retriever', 'train_phase1', 'load_retriever', 'evaluate_phase1', 'control_scores', 'fact_rows']
+           'build_retriever', 'train_phase1', 'finished', 'load_retriever', 'evaluate_phase1', 'control_scores',
+           'fact_rows']
 
-# %% ../nbs/10_drag.ipynb #24c49ba0
+# %% ../nbs/10_drag.ipynb #67983268
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from .runs import Run, RunError, load_run, project_path, start_run
 from .text_encoder import TextEncoder
 from .training import Positive, TrainConfig, TrainingError, fit
 
-# %% ../nbs/10_drag.ipynb #a0c4cb71
+# %% ../nbs/10_drag.ipynb #2fdc9ad5
 Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(kw_only=True)
@@ -54,7 +55,7 @@ class Phase1Config(TrainConfig):
     threshold: Share = .01  # a selected fact's least probability
     fallback: Annotated[int, Field(ge=0)] = 1  # best facts selected in any case
 
-# %% ../nbs/10_drag.ipynb #dd8f901d
+# %% ../nbs/10_drag.ipynb #c0d2aaa3
 def load_questions(
     source: str, split: str, encoder: TextEncoder, *,
     max_hops: int = 4, limit: int | None = None, skip_bad: bool = False, label: str = 'reading',
@@ -67,7 +68,7 @@ def load_questions(
     if not len(packed): raise ValueError(f'{source}: no usable question ({len(skipped or [])} malformed)')
     return add_question_vectors(packed, encoder, f'{label}: encoding'), skipped or []
 
-# %% ../nbs/10_drag.ipynb #fc6fb9b9
+# %% ../nbs/10_drag.ipynb #2f86c5da
 class Phase1(nn.Module):
     "The retriever with its loss. forward(**Batch fields) → {'loss', 'n_items', 'parts'}."
     def __init__(self, retriever: Retriever, relations: Tensor, rho: float = .7, margin: float = 1.):
@@ -80,7 +81,7 @@ class Phase1(nn.Module):
         loss, parts = retrieval_loss(self.retriever(batch, self.relations).logits, batch.label, batch.fact_ptr, self.rho, self.margin)
         return {'loss': loss, 'n_items': len(batch.question), 'parts': parts}
 
-# %% ../nbs/10_drag.ipynb #fd037418
+# %% ../nbs/10_drag.ipynb #464dde40
 def average_precision(scores: Tensor, label: Tensor, ptr: Tensor) -> Tensor:  # [n_questions], NaN without labelled facts
     "Average precision of the labelled facts of each question (precision at each labelled fact's rank, averaged)."
     question, rank = group_index(ptr), segment_ranks(scores, ptr)
@@ -114,7 +115,7 @@ def retrieval_report(
     return out | {'n_unlabelled': len(packed) - int(labelled_questions(packed).sum())} | {
         k: of_all[k] for k in ('answer_coverage', 'any_answer_coverage', 'facts_per_question', 'n_unanswerable')}
 
-# %% ../nbs/10_drag.ipynb #72cc2242
+# %% ../nbs/10_drag.ipynb #60828203
 def labelled_questions(packed: PackedQuestions) -> Tensor:  # [n_questions] bool
     "Questions with labels, and those that need none because they have no answer; not those whose answers no path reaches."
     return (packed.label_source > 0) | (packed.n_answers == 0)
@@ -127,7 +128,7 @@ def calibration_report(packed: PackedQuestions, logits: Tensor, p: Tensor, selec
     return {'ece': ece(p, known), 'ece_uncalibrated': ece(logits.sigmoid(), known), 'ece_selected': ece(p, known & selected),
             'brier': brier(p[known], y[known]) if known.any() else None, 'brier_base_rate': rate and rate*(1 - rate)}
 
-# %% ../nbs/10_drag.ipynb #cc561a00
+# %% ../nbs/10_drag.ipynb #adbfd048
 def count_failed(metrics: dict, failed: int) -> dict:
     "The metrics with `failed` more questions in the denominators, each with recall, precision, coverage and average precision 0."
     out = metrics | {'n': metrics['n'] + failed, 'failed': failed}
@@ -138,7 +139,7 @@ def count_failed(metrics: dict, failed: int) -> dict:
             if k.startswith(prefixes) and out[k] is not None: out[k] = out[k]*n/(n + failed) if n + failed else None
     return out
 
-# %% ../nbs/10_drag.ipynb #fdd1a8bc
+# %% ../nbs/10_drag.ipynb #1c9dae77
 def temperature_of(packed: PackedQuestions, logits: Tensor, facts: Tensor | None = None) -> float:
     "Temperature fitted on labelled questions (`facts` [n_facts] bool: on some of their facts); 1 where all labels are alike."
     at = labelled_questions(packed)[group_index(packed.fact_ptr)]
@@ -151,7 +152,7 @@ def crossfit(packed: PackedQuestions, logits: Tensor) -> Tensor:  # [n_facts] lo
     half = group_index(packed.fact_ptr) % 2
     return torch.where(half == 0, logits/temperature_of(packed, logits, half == 1), logits/temperature_of(packed, logits, half == 0))
 
-# %% ../nbs/10_drag.ipynb #e1a6dc37
+# %% ../nbs/10_drag.ipynb #a88b3926
 def draw_phase1(run: Run, packed: PackedQuestions, logits: Tensor, temperature: float, controls: dict[str, Tensor]) -> list[Path]:
     "Draw a run's plots on the questions `packed` into `figures/<run>/`; returns their paths."
     import matplotlib.pyplot as plt
@@ -173,7 +174,7 @@ def telling_question(packed: PackedQuestions) -> int:
     n = sum_at(group_index(packed.fact_ptr), packed.label.long(), len(packed))
     return int(torch.where(n <= 8, n, -1).argmax())
 
-# %% ../nbs/10_drag.ipynb #d1847c26
+# %% ../nbs/10_drag.ipynb #ad1fe25c
 def build_retriever(config: Phase1Config, encoder: TextEncoder, relations: Tensor | None = None) -> Retriever:
     "An untrained retriever, the same for the same seed; `relations` [n, width]: the vectors of those that it will be trained on."
     set_seed(config.seed)
@@ -199,7 +200,7 @@ def _measure_on(val: PackedQuestions, relations: Tensor, config: Phase1Config, s
         return {'loss': loss.item()} | retrieval_report(val, logits, **selection)
     return measure
 
-# %% ../nbs/10_drag.ipynb #5f2d52bc
+# %% ../nbs/10_drag.ipynb #0fa7c7e3
 _SELECTION = ('top_k', 'threshold', 'fallback')
 _SAVED = ('encoder', 'dim', 'n_layers', 'novelty_weight', 'max_hops', *_SELECTION)
 
@@ -211,7 +212,7 @@ def train_phase1(
 ) -> dict:
     "Train the retriever as a run; returns its flat metrics on the validation questions. Raises TrainingError, RecordError, RunError."
     data = {role: project_path(path) for role in ('train', 'val') if project_path(path := getattr(config, role)).exists()}
-    if resume and run and (done := _finished(run, config)): return done
+    if resume and run and (done := finished(run, config)): return done
     with start_run(run, asdict(config), method='drag-phase1', data=data, seed=config.seed, resume=resume) as r:
         encoder = TextEncoder(config.encoder)
         train, bad, val, bad_val = _load_both(config, encoder)
@@ -236,7 +237,7 @@ def train_phase1(
         counts |= {f'train_{k}': v for k, v in summary(train).items() if k.startswith(('labels_', 'answer_coverage'))}
         return r.finish(count_failed(report, len(bad_val)) | told | counts | {'temperature': temperature})
 
-def _finished(run: str, config: Phase1Config) -> dict | None:
+def finished(run: str, config: Phase1Config) -> dict | None:
     "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
     try: r = load_run(run)
     except RunError: return None
@@ -246,7 +247,7 @@ def _finished(run: str, config: Phase1Config) -> dict | None:
     if changed: raise RunError(f'run {run!r} is done and cannot go on with another config: {", ".join(changed)}: choose another --run')
     return r.metrics
 
-# %% ../nbs/10_drag.ipynb #69fe389a
+# %% ../nbs/10_drag.ipynb #2ca6bc55
 def load_retriever(run: str) -> tuple[Retriever, dict]:
     "(the run's best retriever in evaluation mode, its settings: encoder, temperature, selection). Weights are read from safetensors."
     from safetensors.torch import load_file

@@ -7,7 +7,7 @@ __all__ = ['LABEL_SOURCES', 'group_members', 'group_index', 'KnowledgeGraph', 'r
            'extract_subgraphs', 'subgraph', 'shortest_path_facts', 'path_pattern', 'pattern_facts', 'Names', 'Batch',
            'PackedQuestions', 'pack_questions', 'add_question_vectors', 'save_packed', 'load_packed', 'summary']
 
-# %% ../nbs/03_graphs.ipynb #1bb463f2
+# %% ../nbs/03_graphs.ipynb #b06703a1
 import csv, gzip, heapq, json, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 from .files import atomic_path
 from .text_encoder import TextEncoder, spell_out
 
-# %% ../nbs/03_graphs.ipynb #8560ab2f
+# %% ../nbs/03_graphs.ipynb #332ddfd1
 def group_members(
     ptr: Tensor,  # [n_groups + 1], int64 offsets
     groups: Tensor,  # [n], which groups
@@ -37,7 +37,7 @@ def group_index(ptr: Tensor) -> Tensor:
     "For each member the number of its group: [0, 0, 1, …] from offsets [n_groups + 1]."
     return torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
 
-# %% ../nbs/03_graphs.ipynb #f8442ecb
+# %% ../nbs/03_graphs.ipynb #a546a253
 @dataclass
 class KnowledgeGraph:
     "Facts as integer arrays. `facts` [n_facts, 3] int32 (head, relation, tail); entity i's facts are `incident[ptr[i]:ptr[i+1]]`."
@@ -74,7 +74,7 @@ class KnowledgeGraph:
         e, r = self.entities, self.relations
         return [(e[h], r[p], e[t]) for h, p, t in self.facts[facts].tolist()]
 
-# %% ../nbs/03_graphs.ipynb #4daa7e9b
+# %% ../nbs/03_graphs.ipynb #decf7ce5
 def _text_lines(path):
     opener = gzip.open if path.name.endswith('.gz') else open
     try:
@@ -133,7 +133,7 @@ def _rdf_triples(path):
     def name(kind, term): return str(term) if len(bearers[kind][short(term)]) > 1 else short(term)
     yield from sorted({(name('entity', h), name('relation', r), name('entity', t)) for h, r, t in graph})
 
-# %% ../nbs/03_graphs.ipynb #babd6013
+# %% ../nbs/03_graphs.ipynb #a49dbd63
 _COMMON = set('a an and are at been by did do does for from had has have in is it its many of on or s that the their to was were '
               'what when where which who whom whose with'.split())
 
@@ -165,7 +165,7 @@ def relation_weights(
     cos = cos.round(decimals=3)  # so that machines that differ in the last bits make the same subgraphs
     return torch.exp(beta*cos).numpy() * (1 + gamma*_word_overlap(plain, spelled))
 
-# %% ../nbs/03_graphs.ipynb #42924fad
+# %% ../nbs/03_graphs.ipynb #d3bc67ee
 def _walk(kg, topics, weight, steps, restart, beam):
     "Mass that flowed through each fact met: (fact numbers [m] ascending, flow [m])."
     start = {t: 1/len(topics) for t in topics}
@@ -189,7 +189,7 @@ def _walk(kg, topics, weight, steps, restart, beam):
     fact, where = np.unique(np.concatenate(met), return_inverse=True)
     return fact, np.bincount(where, np.concatenate(flows))
 
-# %% ../nbs/03_graphs.ipynb #b7b5c749
+# %% ../nbs/03_graphs.ipynb #028abae7
 def _grow(kg, topics, fact, flow, budget):
     "At most `budget` of the facts, heaviest first among those connected to the topics so far."
     if len(fact) > 8*budget:
@@ -239,7 +239,7 @@ def subgraph(kg: KnowledgeGraph, topics: list[str], question: str, budget: int =
     "One question's subgraph; see `extract_subgraphs`."
     return extract_subgraphs(kg, [question], [topics], budget, **options)[0]
 
-# %% ../nbs/03_graphs.ipynb #4a4dc606
+# %% ../nbs/03_graphs.ipynb #f77739dc
 def shortest_path_facts(
     head: Tensor, tail: Tensor,  # [n_facts] int64: node numbers in the batch
     topic_slot: Tensor,  # [n_nodes] int: 0 = no topic, k = the k-th topic entity of its question
@@ -262,7 +262,7 @@ def shortest_path_facts(
             on_path |= step[:len(head)] | step[len(head):]
     return on_path
 
-# %% ../nbs/03_graphs.ipynb #0a529112
+# %% ../nbs/03_graphs.ipynb #9df981c8
 def path_pattern(path: list[tuple[str, str, str]], topics: set[str]) -> tuple[tuple[str, bool], ...] | None:
     "((relation, forwards), …) of a gold path that starts at a topic; None where the triples do not chain."
     for start in dict.fromkeys((path[0][0], path[0][2])):
@@ -305,7 +305,7 @@ def pattern_facts(
             back = torch.zeros_like(back); back[u[hit]] = True
     return found
 
-# %% ../nbs/03_graphs.ipynb #8eac1887
+# %% ../nbs/03_graphs.ipynb #f754fda7
 class Names:
     "A read-only list of texts held as one byte tensor and offsets, so that it can be memory-mapped."
     def __init__(self, data: Tensor, ptr: Tensor): self.data, self.ptr = data, ptr
@@ -321,7 +321,7 @@ class Names:
         ptr = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
         return cls(torch.frombuffer(bytearray(b''.join(rows) or b'\0'), dtype=torch.uint8), ptr)
 
-# %% ../nbs/03_graphs.ipynb #0a2ce5aa
+# %% ../nbs/03_graphs.ipynb #0e663d3a
 LABEL_SOURCES = ('none', 'gold paths', 'shortest paths')
 
 class Batch(NamedTuple):
@@ -348,7 +348,7 @@ class PackedQuestions:
     fact_ptr: Tensor; head: Tensor; rel: Tensor; tail: Tensor; gold: Tensor; label: Tensor  # [n_facts] each but fact_ptr
     node_ptr: Tensor; entity: Tensor; topic: Tensor; answer: Tensor  # [n_nodes]: entity number, marks
     n_answers: Tensor; label_source: Tensor  # [n_questions]: distinct answers, in the graph or not; index into LABEL_SOURCES
-    ids: Names; questions: Names; entities: Names; relations: Names
+    ids: Names; questions: Names; answers: Names; entities: Names; relations: Names  # answers: a question's, one a line
     tokens: Tensor | None = None; token_ptr: Tensor | None = None; sentence: Tensor | None = None
 
     def __len__(self): return len(self.fact_ptr) - 1
@@ -368,13 +368,17 @@ class PackedQuestions:
         shift = self.node_ptr[:-1][group_index(self.fact_ptr)]
         return self.head + shift, self.tail + shift
 
+    def answers_of(self, i: int) -> list[str]:
+        "Question i's answers, in the graph or not."
+        return self.answers[i].split('\n') if self.n_answers[i] else []
+
     def triples(self, i: int) -> list[tuple[str, str, str]]:
         "Question i's facts as names, in order."
         at, node = slice(self.fact_ptr[i], self.fact_ptr[i+1]), self.entity[self.node_ptr[i]:self.node_ptr[i+1]]
         e = [self.entities[n] for n in node.tolist()]
         return [(e[h], self.relations[r], e[t]) for h, r, t in torch.stack([self.head[at], self.rel[at], self.tail[at]], 1).tolist()]
 
-# %% ../nbs/03_graphs.ipynb #1c5d690d
+# %% ../nbs/03_graphs.ipynb #fc9260a6
 def pack_questions(
     records: Iterable,  # QuestionRecord, or anything with its fields
     max_hops: int = 4,  # of the shortest paths that become labels
@@ -383,7 +387,7 @@ def pack_questions(
     "Number, flatten and label a data set. Facts stated twice in one record are kept once."
     from tqdm import tqdm
     entity, relation = {}, {}
-    columns = {k: [] for k in ('facts', 'gold', 'entity', 'slot', 'answer', 'n_answers', 'id', 'question')}
+    columns = {k: [] for k in ('facts', 'gold', 'entity', 'slot', 'answer', 'n_answers', 'id', 'question', 'answers')}
     patterns = []
     for q, rec in enumerate(tqdm(records, desc=progress, unit='question', disable=progress is None)):
         facts = list(dict.fromkeys(map(tuple, rec.graph)))
@@ -396,6 +400,7 @@ def pack_questions(
         columns['entity'].append([entity.setdefault(e, len(entity)) for e in node])
         columns['slot'].append([slot.get(e, 0) for e in node]); columns['answer'].append([e in answers for e in node])
         columns['n_answers'].append(len(answers)); columns['id'].append(rec.id); columns['question'].append(rec.question)
+        columns['answers'].append('\n'.join(' '.join(a.split()) for a in rec.answer or rec.a_entity))
         for pattern in {path_pattern([tuple(f) for f in p], topics) for p in rec.paths or () if p} - {None}:
             if all(r in relation for r, _ in pattern): patterns.append((q, tuple((relation[r], f) for r, f in pattern)))
     flat = lambda rows, dtype: torch.from_numpy(np.fromiter((x for row in rows for x in row), dtype=dtype))
@@ -405,7 +410,7 @@ def pack_questions(
         ptr(columns['facts']), *facts.T.contiguous(), flat(columns['gold'], bool), torch.zeros(len(facts), dtype=torch.bool),
         ptr(columns['entity']), flat(columns['entity'], np.int32), flat(columns['slot'], np.int32) > 0, flat(columns['answer'], bool),
         torch.tensor(columns['n_answers']), torch.zeros(len(columns['id']), dtype=torch.uint8),
-        Names.of(columns['id']), Names.of(columns['question']), Names.of(entity), Names.of(relation))
+        Names.of(columns['id']), Names.of(columns['question']), Names.of(columns['answers']), Names.of(entity), Names.of(relation))
     _label(packed, flat(columns['slot'], np.int32), patterns, max_hops)
     return packed
 
@@ -421,7 +426,7 @@ def _label(packed, slot, patterns, max_hops):
     packed.label[:] = by_path | shortest
     packed.label_source[:] = with_gold + 2*has(shortest)
 
-# %% ../nbs/03_graphs.ipynb #46e62cb6
+# %% ../nbs/03_graphs.ipynb #ad9e7cc1
 def add_question_vectors(packed: PackedQuestions, encoder: TextEncoder, progress: str | None = None) -> PackedQuestions:
     "Attach the questions' token and sentence vectors (fp16). Returns `packed`."
     texts = list(packed.questions)
@@ -429,7 +434,7 @@ def add_question_vectors(packed: PackedQuestions, encoder: TextEncoder, progress
     packed.sentence = encoder.encode(texts, progress).half()
     return packed
 
-_NAMES = ('ids', 'questions', 'entities', 'relations')
+_NAMES = ('ids', 'questions', 'answers', 'entities', 'relations')
 
 def save_packed(packed: PackedQuestions, path: str | Path):
     "Write to one .safetensors file, whole or not at all."
@@ -447,7 +452,7 @@ def load_packed(path: str | Path) -> PackedQuestions:
     names = {k: Names(tensors.pop(f'{k}.data'), tensors.pop(f'{k}.ptr')) for k in _NAMES}
     return PackedQuestions(**tensors, **names)
 
-# %% ../nbs/03_graphs.ipynb #93b8d80d
+# %% ../nbs/03_graphs.ipynb #4a36590a
 def summary(packed: PackedQuestions) -> dict[str, float]:
     "Counts and coverage: facts a question, share of the answers that are in the graph, questions by label source."
     in_graph = torch.zeros(len(packed)).index_add_(0, group_index(packed.node_ptr), packed.answer.float())

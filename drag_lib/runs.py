@@ -205,10 +205,10 @@ class Run:
         "The lines of `log.jsonl`."
         return _log_lines(self.folder/'log.jsonl')
 
-    def rewind(self, step: int):
-        "Drop log lines of steps after `step`: what a killed process logged after the checkpoint that a resume goes on from."
+    def rewind(self, step: int, stage: str = ''):
+        "Drop a stage's log lines after `step`: what a killed process logged after the checkpoint that a resume goes on from."
         if not self.writes: return
-        kept = [line for line in self.read_log() if line.get('step', 0) <= step]
+        kept = [line for line in self.read_log() if line.get('stage', '') != stage or line.get('step', 0) <= step]
         write_text(self.folder/'log.jsonl', ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in kept))
 
     def note(self, **values):

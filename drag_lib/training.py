@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Positive', 'TrainConfig', 'world_size', 'micro_batches', 'TrainingError', 'first_bad_tensor', 'trained_weights',
-           'save_weights', 'load_weights', 'GuardedTrainer', 'RunTrainer', 'out_of_patience', 'checkpoints', 'clock',
+           'save_weights', 'load_weights', 'GuardedTrainer', 'parameter_groups', 'hidden_matrices', 'MuonAdamW',
+           'Budget', 'ScheduledTrainer', 'weights_file', 'RunTrainer', 'out_of_patience', 'checkpoints', 'clock',
            'Progress', 'fit']
 
-# %% ../nbs/07_training.ipynb #2e596822
+# %% ../nbs/07_training.ipynb #f497b34a
 import json, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,20 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .files import atomic_path
+from .files import atomic_path, check_name
 from .runs import Run
 
-# %% ../nbs/07_training.ipynb #94a4bb30
+# %% ../nbs/07_training.ipynb #1c6b072c
 Positive = Annotated[int, Field(gt=0)]
 
 @dataclass(kw_only=True)
 class TrainConfig:
     "How a model is trained, whatever it is."
     epochs: Positive = 10
+    minutes: Annotated[float, Field(gt=0)] | None = None  # time for training and validations; the learning rate is down by its end
     batch_size: Positive = 16  # items an update, over all micro-batches and processes
     micro_batch_size: Positive | None = None  # items a forward pass; None: batch_size / processes
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for hidden matrices, AdamW for all else
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3  # at its peak, after the warm-up
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     warmup: Annotated[float, Field(ge=0, lt=1)] = .1  # share of the updates in which the learning rate rises; then cosine to 0
@@ -54,7 +57,7 @@ def micro_batches(config: TrainConfig) -> tuple[int, int]:
         raise ValueError(f'batch_size {config.batch_size} is not a multiple of micro_batch_size {each or "?"} x {world_size()} processes')
     return each, config.batch_size // (each*world_size())
 
-# %% ../nbs/07_training.ipynb #3c603885
+# %% ../nbs/07_training.ipynb #3da902db
 class TrainingError(ValueError):
     "Training cannot go on; `str(e)` is one line that says at which update and why."
 
@@ -71,7 +74,7 @@ def first_bad_tensor(model: nn.Module, inputs: dict) -> str:
     "The first tensor that is not finite: a parameter, an input, or the output of a module in order of execution."
     bad = lambda x: not torch.isfinite(x.detach()).all()
     for name, p in model.named_parameters():
-        if bad(p): return f'parameter {name}'
+        if p.is_floating_point() and p.itemsize > 1 and bad(p): return f'parameter {name}'  # quantised ones (8 bits or less) are codes
     for name, x in _tensors(inputs):
         if bad(x): return f'input {name}'
     found = []
@@ -84,11 +87,11 @@ def first_bad_tensor(model: nn.Module, inputs: dict) -> str:
         for h in hooks: h.remove()
     return f'output of {found[0]}' if found else 'none when the forward pass was repeated'
 
-# %% ../nbs/07_training.ipynb #d28ca8de
+# %% ../nbs/07_training.ipynb #8255b29e
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    "What training changes: trainable parameters and buffers, by name, on the CPU."
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    return {n: v.detach().cpu().contiguous() for n, v in model.state_dict().items() if n not in frozen}
+    "What training changes: trainable parameters and (persistent) buffers, by name, on the CPU."
+    kept = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
+    return {n: v.detach().cpu().contiguous() for n, v in model.state_dict().items() if n in kept}
 
 def save_weights(model: nn.Module, path: str | Path):
     "Write `trained_weights` to a .safetensors file, whole or not at all."
@@ -127,7 +130,7 @@ def _counted(collate, stand_in):
         return {**collate(real or [stand_in]), 'n_real': len(real)}
     return collated
 
-# %% ../nbs/07_training.ipynb #55a04828
+# %% ../nbs/07_training.ipynb #01c83b18
 class GuardedTrainer(Trainer):
     "transformers.Trainer whose loss is a mean over items and stops where it is not finite."
     def __init__(self, model, args, items: list, collate, **kwargs):
@@ -156,8 +159,8 @@ class GuardedTrainer(Trainer):
         n = int(out['n_items']) if n_real else 0
         self.n_items += n
         for name, value in {'loss': out['loss'], **out.get('parts', {})}.items():
-            self.since[name] = self.since.get(name, 0.) + n*value.detach()
-        self.since['n'] = self.since.get('n', 0.) + torch.tensor(float(n), device=out['loss'].device)
+            value = torch.as_tensor(value, dtype=torch.float32, device=out['loss'].device).detach()
+            self.since[name] = self.since.get(name, 0.) + (torch.stack([value, torch.ones_like(value)])*n if n else value.new_zeros(2))
         loss = out['loss']*(n/self.items_of_update()*self.current_gradient_accumulation_steps*self.args.world_size)
         return (loss, out) if return_outputs else loss
 
@@ -172,38 +175,142 @@ class GuardedTrainer(Trainer):
             raise TrainingError(f'update {self.state.global_step + 1}: gradient not finite: {bad}') from None
 
     def means_since(self) -> dict[str, float]:
-        "Loss and parts since the last call: means over items, over all processes."
-        total = {k: self.accelerator.reduce(v, 'sum').item() for k, v in self.since.items()}
-        self.since, n = {}, total.pop('n', 0)
-        return {k: v/n for k, v in total.items()} if n else {}
+        "Loss and parts since the last call: means over the items of the passes that gave them, over all processes."
+        sums = {k: self.accelerator.reduce(v, 'sum').tolist() for k, v in self.since.items()}
+        self.since = {}
+        return {k: total/n for k, (total, n) in sums.items() if n}
 
-# %% ../nbs/07_training.ipynb #0693b724
-class RunTrainer(GuardedTrainer):
-    "GuardedTrainer with our measure as its evaluation, atomic checkpoints and the run's log. Made by `fit`."
-    def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, **kwargs):
+# %% ../nbs/07_training.ipynb #663dfe74
+def parameter_groups(
+    model: nn.Module,
+    rate: float,  # for parameters of no prefix
+    rates: dict[str, float],  # prefix of parameter names -> peak learning rate
+    decay: float = 0.,  # weight decay of the parameters in `decayed`
+    decayed: set[str] = frozenset(),
+    matrices: set[str] = frozenset(),  # parameters for Muon
+) -> list[dict]:
+    "The optimizer's groups of trainable parameters, those of no prefix first. TrainingError for a prefix without parameters."
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad: continue
+        prefix = max((x for x in rates if f'{name}.'.startswith(f'{x}.')), key=len, default='')
+        key = (prefix, name in decayed, name in matrices)
+        if key not in groups:
+            settings = {'lr': rates.get(prefix, rate), 'weight_decay': decay*(name in decayed), 'muon': name in matrices}
+            groups[key] = {'params': [], 'prefix': prefix, **settings}
+        groups[key]['params'].append(p)
+    for prefix, value in rates.items():
+        if not 0 <= value < math.inf: raise TrainingError(f'learning rate of {prefix!r}: {value} is not a number of 0 or more')
+        if prefix in {g['prefix'] for g in groups.values()}: continue
+        names = sorted({n.split('.')[0] for n, p in model.named_parameters() if p.requires_grad})
+        raise TrainingError(f'learning rate of {prefix!r}: no trainable parameter is left to it; names begin with {", ".join(names)}')
+    return [groups[key] for key in sorted(groups)]
+
+# %% ../nbs/07_training.ipynb #61541d74
+def hidden_matrices(model: nn.Module) -> set[str]:
+    "Names of the matrices inside a model: 2-d parameters that are neither embeddings nor of a layer called `…head`."
+    tables = {f'{name}.weight' for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return {n for n, p in model.named_parameters() if p.ndim == 2 and n not in tables and not n.removesuffix('.weight').endswith('head')}
+
+class MuonAdamW(torch.optim.Optimizer):
+    "Muon for the groups that say `muon`, AdamW (with `adamw`, its settings) for the others. ValueError where none says it."
+    def __init__(self, groups: list[dict], **adamw):
+        super().__init__(groups, {})
+        self.parts = {True: torch.optim.Muon(self._of(True), adjust_lr_fn='match_rms_adamw')}
+        if self._of(False): self.parts[False] = torch.optim.AdamW(self._of(False), **adamw)
+
+    def _of(self, muon: bool) -> list[dict]: return [g for g in self.param_groups if g['muon'] == muon]
+
+    def step(self, closure=None):
+        for muon, part in self.parts.items():
+            part.param_groups, part.state = self._of(muon), self.state  # both are new objects after a checkpoint was loaded
+            part.step()
+
+# %% ../nbs/07_training.ipynb #24387bf9
+class Budget(TrainerCallback):
+    "Seconds of training so far, and the end of training when `minutes` (None: no limit) are used up."
+    def __init__(self, minutes: float | None): self.limit, self.before, self.used, self.began = (minutes or math.inf)*60, 0., 0., None
+
+    @property
+    def seconds(self) -> float: return self.before + (time.monotonic() - self.began if self.began is not None else 0.)
+
+    def go_on(self, seconds: float): self.before, self.used, self.began = seconds, seconds/self.limit, None
+
+    def on_train_begin(self, args, state, control, **kw): self.began = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kw): self.go_on(self.seconds)
+
+    def on_optimizer_step(self, args, state, control, **kw):
+        if self.limit < math.inf: self.used = broadcast_object_list([self.seconds/self.limit])[0]
+
+    def on_step_end(self, args, state, control, **kw):
+        if self.used < 1: return
+        control.should_training_stop = True
+        if args.eval_strategy == 'steps': control.should_evaluate = control.should_save = True  # else the epoch's end does it
+
+# %% ../nbs/07_training.ipynb #bd556af3
+class ScheduledTrainer(GuardedTrainer):
+    "GuardedTrainer with a rate for each part of the model, a choice of optimizer, and a schedule that keeps to a time budget."
+    def __init__(self, *args, learning_rates: dict[str, float], muon: bool, budget: Budget, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.learning_rates, self.muon, self.budget, self.rates = learning_rates, muon, budget, {}
+        self.add_callback(budget)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            adamw, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = parameter_groups(self.model, self.args.learning_rate, self.learning_rates, self.args.weight_decay,
+                set(self.get_decay_parameter_names(self.model)), hidden_matrices(self.model) if self.muon else set())
+            self.optimizer = (MuonAdamW if self.muon else adamw)(groups, **settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        by_time = lambda cosine: lambda step: cosine(max(step, self.budget.used*num_training_steps))
+        schedule.lr_lambdas = [by_time(cosine) for cosine in schedule.lr_lambdas]
+        return schedule
+
+    def _get_learning_rate(self):  # asked for after each update, before the schedule goes on
+        self.rates = {f'lr/{g["prefix"]}': g['lr'] for g in self.optimizer.param_groups if g['prefix']}
+        return super()._get_learning_rate()
+
+# %% ../nbs/07_training.ipynb #2ea30abe
+def weights_file(run: Run, kind: Literal['model', 'last'] = 'model', stage: str = '') -> Path:
+    "A run's best weights, `model.safetensors`, or its last ones; those of a stage: `model-<stage>.safetensors`."
+    return run.folder/f'{kind}{"-" if stage else ""}{stage}.safetensors'
+
+# %% ../nbs/07_training.ipynb #3a14a470
+class RunTrainer(ScheduledTrainer):
+    "ScheduledTrainer with our measure as its evaluation, atomic checkpoints and the run's log. Made by `fit`."
+    def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, stage: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.run, self.measure, self.metric, self.sign, self.patience = run, measure, metric, 1 if greater_is_better else -1, patience
+        self.stage = stage
 
     @property
     def bare(self) -> nn.Module: return self.accelerator.unwrap_model(self.model)
 
     def log(self, logs, start_time=None):
         if 'loss' in logs:
-            logs = {**logs, **self.means_since()}
-            self.run.log({'step': self.state.global_step, 'epoch': self.state.epoch, **logs})
+            logs = {**logs, **self.rates, **self.means_since()}
+            self.note(logs)
         super().log(logs, start_time)
+
+    def note(self, values: dict):
+        stage = {'stage': self.stage} if self.stage else {}
+        self.run.log({**stage, 'step': self.state.global_step, 'epoch': self.state.epoch, **values})
 
     def evaluate(self, *args, **kwargs):
         found = [self.measure(self.bare) if self.is_world_process_zero() else None]
         metrics, step = broadcast_object_list(found)[0], self.state.global_step
         value = metrics.get(self.metric)
         if value is None or not math.isfinite(value): raise TrainingError(f'update {step}: validation gives no {self.metric}: got {value}')
-        self.run.log({'step': step, 'epoch': self.state.epoch, **{f'val/{k}': v for k, v in metrics.items()}})
+        self.note({f'val/{k}': v for k, v in metrics.items()})
         self.log({f'val/{k}': v for k, v in metrics.items() if isinstance(v, (int, float))})  # for the trackers
         self.state.log_history.append({'step': step, 'measured': value})
         if self.state.best_metric is None or self.sign*(value - self.state.best_metric) >= 0:  # of equals the one trained longer
             self.state.best_metric, self.state.best_global_step = value, step
-            if self.is_world_process_zero(): save_weights(self.bare, self.run.folder/'model.safetensors')
+            if self.is_world_process_zero(): save_weights(self.bare, weights_file(self.run, 'model', self.stage))
         if out_of_patience(self.state, self.patience): self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {self.metric: value})
         return {f'eval_{self.metric}': value}
@@ -222,7 +329,8 @@ class RunTrainer(GuardedTrainer):
         try: super()._save_checkpoint(model, trial)
         finally: self.args.output_dir = place
         def settle():
-            (draft/name/'guard.json').write_text(json.dumps({'n_items': n_items, 'without_gradient': sorted(self.without_gradient)}))
+            counts = {'n_items': n_items, 'without_gradient': sorted(self.without_gradient), 'seconds': self.budget.seconds}
+            (draft/name/'guard.json').write_text(json.dumps(counts))
             self.state.best_model_checkpoint = None  # the best weights are the run's model.safetensors
             self.state.save_to_json(str(draft/name/'trainer_state.json'))
             shutil.rmtree(Path(place)/name, ignore_errors=True)
@@ -237,6 +345,7 @@ class RunTrainer(GuardedTrainer):
         counts = json.loads((checkpoint/'guard.json').read_text())
         self.n_items = counts['n_items'] if self.is_world_process_zero() else 0
         self.without_gradient = set(counts['without_gradient'])
+        self.budget.go_on(counts['seconds'])
 
     def all_items(self) -> int:
         "Items that entered the loss so far, over all processes."
@@ -257,7 +366,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     "The whole checkpoints of a training folder, oldest first."
     return sorted(Path(folder).glob('checkpoint-*'), key=lambda p: int(p.name.rsplit('-', 1)[-1]))
 
-# %% ../nbs/07_training.ipynb #b2b2ab3e
+# %% ../nbs/07_training.ipynb #b07c14b3
 def clock(seconds: float) -> str:
     "90 → '1:30', 3700 → '1:01:40'."
     m, s = divmod(int(seconds), 60)
@@ -265,7 +374,8 @@ def clock(seconds: float) -> str:
 
 class Progress(TrainerCallback):
     "Print update, loss, validation value, speed and time left to stderr."
-    def __init__(self, label: str, metric: str): self.label, self.metric, self.last, self.shown, self.value = label, metric, {}, 0., ''
+    def __init__(self, label: str, metric: str, budget: Budget):
+        self.label, self.metric, self.budget, self.last, self.shown, self.value = label, metric, budget, {}, 0., ''
 
     def on_train_begin(self, args, state, control, **kw): self.began, self.first = time.monotonic(), state.global_step
 
@@ -277,21 +387,24 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kw):
         spent = time.monotonic() - self.began
-        every = 1 if sys.stderr.isatty() else max(5, (spent/max(state.global_step - self.first, 1))*state.max_steps/50)
+        every = 1 if sys.stderr.isatty() else max(5, (spent + self._left(state))/50)
         if spent - self.shown > every: self._show(state)
+
+    def _left(self, state) -> float:
+        each = (time.monotonic() - self.began)/max(state.global_step - self.first, 1)
+        return max(min(each*(state.max_steps - state.global_step), self.budget.limit - self.budget.seconds), 0.)
 
     def _show(self, state):
         if not state.is_world_process_zero: return
         spent, done = time.monotonic() - self.began, state.global_step - self.first
-        self.shown = spent
-        left = clock(spent/max(done, 1)*(state.max_steps - state.global_step))
+        self.shown, left = spent, clock(self._left(state))
         loss = f' · loss {self.last["loss"]:.4f}' if 'loss' in self.last else ''
         where = f'epoch {state.epoch or 0:.1f} · update {state.global_step}/{state.max_steps}'
         line = f'{self.label}: {where}{loss}{self.value} · {done/spent:.1f}/s · left {left}'
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #24949603
+# %% ../nbs/07_training.ipynb #34e4f5b2
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items; shuffled anew each epoch
@@ -302,34 +415,39 @@ def fit(
     metric: str,  # the key of `measure` that chooses the best checkpoint
     greater_is_better: bool = True,
     label: str = 'training',
+    *,
+    learning_rates: dict[str, float] | None = None,  # prefix of parameter names -> peak rate; the others: config.learning_rate
+    stage: str = '',  # its name, where the run calls `fit` several times
 ) -> dict:
-    "Train, keeping the best weights by `metric` (loaded at the end). Goes on from the run's last checkpoint if it has one."
+    "Train, keeping the best weights by `metric` (loaded at the end). Goes on from the stage's last checkpoint if it has one."
     if not items: raise TrainingError('nothing to train on: no item is left')
+    if stage: check_name(stage, 'stage')
     each, accumulate = micro_batches(config)
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
+    folder, budget = run.folder/'training'/stage, Budget(config.minutes)
     trainer = RunTrainer(
-        model, _arguments(config, run, each, accumulate, updates), items, collate,
-        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience,
-        callbacks=[Progress(label, metric)])
+        model, _arguments(config, run, folder, each, accumulate, updates), items, collate,
+        run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, stage=stage,
+        learning_rates=learning_rates or {}, muon=config.optimizer == 'muon', budget=budget, callbacks=[Progress(label, metric, budget)])
     if trainer.args.world_size != world_size():
         raise TrainingError(f'{world_size()} processes were started but training sees {trainer.args.world_size}')
     trainer.remove_callback(PrinterCallback)
-    place = checkpoints(run.folder/'training')
-    last = place[-1] if place else None
+    last = next(reversed(checkpoints(folder)), None)
     if last:
         trainer.take_up(last)
-        print(f'resuming at update {trainer.state.global_step}', file=sys.stderr)
-    run.rewind(trainer.state.global_step)
-    if last and out_of_patience(trainer.state, config.patience): load_weights(model, last/'model.safetensors')
+        print(f'resuming at update {trainer.state.global_step}' + (f' of stage {stage}' if stage else ''), file=sys.stderr)
+    run.rewind(trainer.state.global_step, stage)
+    ended = out_of_patience(trainer.state, config.patience) or budget.used >= 1
+    if last and ended: load_weights(model, last/'model.safetensors')
     else: trainer.train(resume_from_checkpoint=last and str(last))
     return _wind_up(trainer, model, run, updates)
 
-def _arguments(config, run, each, accumulate, updates):
+def _arguments(config, run, folder, each, accumulate, updates):
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     when = 'epoch' if config.eval_every is None else 'steps'
     if config.track == 'tensorboard': os.environ['TENSORBOARD_LOGGING_DIR'] = str(run.folder/'tensorboard')
     return TrainingArguments(
-        output_dir=str(run.folder/'training'), num_train_epochs=config.epochs,
+        output_dir=str(folder), num_train_epochs=config.epochs,
         per_device_train_batch_size=each, gradient_accumulation_steps=accumulate, learning_rate=config.learning_rate,
         weight_decay=config.weight_decay, lr_scheduler_type='cosine', warmup_steps=math.ceil(config.warmup*updates),
         max_grad_norm=config.max_grad_norm, bf16=bf16, use_cpu=not torch.cuda.is_available(), seed=config.seed, data_seed=config.seed,
@@ -344,9 +462,10 @@ def _wind_up(trainer, model, run, updates):
     if not trainer.n_clipped and len(silent) == sum(p.requires_grad for p in model.parameters()):
         raise TrainingError('gradients were never seen: this version of transformers does not call _clip_grad_norm')
     if trainer.state.best_metric is None: trainer.evaluate()
-    trainer.once(lambda: save_weights(model, run.folder/'last.safetensors'))
-    load_weights(model, run.folder/'model.safetensors')
+    trainer.once(lambda: save_weights(model, weights_file(run, 'last', trainer.stage)))
+    load_weights(model, weights_file(run, 'model', trainer.stage))
     if silent: print(f'no gradient ever reached {len(silent)} parameters: {", ".join(silent[:5])}', file=sys.stderr)
     return {'updates': trainer.state.global_step, 'updates_planned': updates, 'best_update': trainer.state.best_global_step,
             f'best_{trainer.metric}': trainer.state.best_metric, 'n_trained_items': n_items,
-            'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad), 'without_gradient': len(silent)}
+            'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad), 'without_gradient': len(silent),
+            **({'minutes_trained': round(trainer.budget.seconds/60, 3)} if trainer.budget.limit < math.inf else {})}

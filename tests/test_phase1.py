@@ -134,10 +134,11 @@ def at_a_moment(rng, home, run, seconds):
 
 
 def in_the_log(rng, home, run, seconds):
-    "Wait until a random number of further lines is logged, and a little more."
+    "Wait until a random number of further lines is logged and there is a checkpoint, and a little more."
+    places = home/'checkpoints'/run/'training'
     log, count = home/'checkpoints'/run/'log.jsonl', lambda: log.read_bytes().count(b'\n') if log.exists() else 0
     wanted, until = count() + rng.randint(3, 9), time.monotonic() + 60
-    while count() < wanted and time.monotonic() < until: time.sleep(.002)
+    while (count() < wanted or not any(places.glob('checkpoint-*'))) and time.monotonic() < until: time.sleep(.002)
     time.sleep(rng.uniform(0, .05))
 
 
