@@ -28,7 +28,7 @@ setup(
     license='Apache-2.0',
     keywords=cfg['keywords'],
     packages=find_packages(include=['drag_lib', 'drag_lib.*']),
-    include_package_data=True,
+    package_data={'drag_lib': ['assets/*/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require=extras,

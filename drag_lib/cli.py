@@ -208,12 +208,12 @@ def _audit(
     else: print(records.audit_table(audit, **limits).to_string())
     if failures: raise RunError(f'audit: {len(failures)} beyond the limit: {"; ".join(failures)}')
 
-# %% ../nbs/20_cli.ipynb #9b576eee
+# %% ../nbs/20_cli.ipynb #bf24582b
 _run_options = {'run': _Option(str | None, None, 'name of the run; without it method and time'),
                 'resume': _Option(bool, False, 'go on with the run of this name'), 'json': _json_option}
 TRAINERS = {'drag-phase1': ('drag_lib.drag', 'Phase1Config', 'train_phase1', 'D-RAG phase 1: the retriever, on shortest-path labels'),
-            'drag-phase2': ('drag_lib.phase2', 'Phase2Config', 'train_phase2', 'D-RAG phase 2: retriever, projector and language model together'),
-            'reader': ('drag_lib.reader', 'ReaderConfig', 'train_reader', 'reader-tiny, the small language model that reads facts and passages')}
+            'drag-phase2': ('drag_lib.phase2', 'Phase2Config', 'train_phase2', 'D-RAG phase 2: retriever, projector and language model'),
+            'reader': ('drag_lib.reader', 'ReaderConfig', 'train_reader', 'reader-tiny, which reads facts and passages')}
 
 def _named(table: dict, what: str, words: list[str], usage: str) -> str | None:
     "The first word as a key of `table`; None after printing the help. UsageError names the closest."
@@ -313,7 +313,7 @@ def _compare(
     if as_json: return _print(table.to_dict(), True)
     print(table.map(lambda x: _show(x) if isinstance(x, float | None) else str(x)[:40]).to_string())
 
-# %% ../nbs/20_cli.ipynb #1f16663d
+# %% ../nbs/20_cli.ipynb #e76db569
 EVALUATORS = {'drag-phase1': ('drag_lib.drag', 'evaluate_phase1'), 'drag-phase2': ('drag_lib.phase2', 'evaluate_phase2'),
               'reader': ('drag_lib.reader', 'evaluate_reader_run')}
 
@@ -323,7 +323,7 @@ def _eval(
     data: Annotated[str, typer.Option(help='Record file, data set folder or hub name.')],
     split: Annotated[str, typer.Option(help='Split, where DATA is a folder or hub name.')] = 'test',
     predictions: Annotated[str | None, typer.Option(help='Also write the predictions, one JSON object a line.')] = None,
-    controls: Annotated[bool, typer.Option('--controls', help='Add the control rows of the method, e.g. untrained/… and cosine/….')] = False,
+    controls: Annotated[bool, typer.Option('--controls', help='Add the control rows of the method, such as cosine/….')] = False,
     skip_bad: _SkipBad = False, as_json: _Json = False,
 ):
     "Metrics of a trained run on a record file."
@@ -332,7 +332,7 @@ def _eval(
     evaluate = _library(*EVALUATORS[method])
     _print(_call(as_json, evaluate, run, data, split=split, skip_bad=skip_bad, predictions=predictions, controls=controls), as_json)
 
-# %% ../nbs/20_cli.ipynb #864ac8a9
+# %% ../nbs/20_cli.ipynb #5c30e327
 DIAGNOSERS = {'drag-phase2': ('drag_lib.phase2', 'diagnose_phase2')}
 
 @app.command('ask')
@@ -340,7 +340,8 @@ def _ask(
     run: str,
     question: str,
     graph: Annotated[str, typer.Option(help='Triples: .csv, .tsv, .txt, .jsonl (each also .gz), .parquet or .nt.')],
-    topics: Annotated[list[str] | None, typer.Option('--topic', help='Entity to start from; repeatable. Without: those that the question names.')] = None,
+    topics: Annotated[list[str] | None, typer.Option(
+        '--topic', help='Entity to start from; repeatable. Without: those that the question names.')] = None,
     budget: Annotated[int, typer.Option(min=1, help='Facts of the subgraph that is read.')] = 200,
     as_json: _Json = False,
 ):
@@ -353,7 +354,8 @@ def _ask(
 @app.command('diagnose')
 def _diagnose(
     run: str,
-    data: Annotated[str | None, typer.Option(help="Record file, data set folder or hub name; without: the run's validation questions.")] = None,
+    data: Annotated[str | None, typer.Option(
+        help="Record file, data set folder or hub name; without: the run's validation questions.")] = None,
     split: Annotated[str, typer.Option(help='Split, where DATA is a folder or hub name.')] = 'validation',
     limit: Annotated[int, typer.Option(min=1, help='Questions answered.')] = 200,
     as_json: _Json = False,

@@ -247,7 +247,7 @@ def finished(run: str, config: Phase1Config) -> dict | None:
     if changed: raise RunError(f'run {run!r} is done and cannot go on with another config: {", ".join(changed)}: choose another --run')
     return r.metrics
 
-# %% ../nbs/10_drag.ipynb #2ca6bc55
+# %% ../nbs/10_drag.ipynb #641b5f61
 def load_retriever(run: str) -> tuple[Retriever, dict]:
     "(the run's best retriever in evaluation mode, its settings: encoder, temperature, selection). Weights are read from safetensors."
     from safetensors.torch import load_file
@@ -265,14 +265,14 @@ def load_retriever(run: str) -> tuple[Retriever, dict]:
 def evaluate_phase1(
     run: str,
     data: str,  # question records: a file, a data set folder or a hub name
-    *, split: str = 'test', skip_bad: bool = False,
+    *, split: str = 'test', limit: int | None = None, skip_bad: bool = False,
     predictions: str | None = None,  # also write each question's selected facts with their probabilities here (.jsonl)
     controls: bool = False,  # add the rows `untrained/…` and `cosine/…`
 ) -> dict:
     "Metrics of a run's retriever on a record file."
     model, settings = load_retriever(run)
     encoder = TextEncoder(settings['encoder'])
-    packed, bad = load_questions(data, split, encoder, max_hops=settings['max_hops'], skip_bad=skip_bad, label='questions')
+    packed, bad = load_questions(data, split, encoder, max_hops=settings['max_hops'], limit=limit, skip_bad=skip_bad, label='questions')
     relations = relation_vectors(packed.relations, encoder)
     logits = score_facts(model, packed, relations)
     selection = {k: settings[k] for k in ('temperature', *_SELECTION)}

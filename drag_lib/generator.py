@@ -48,7 +48,7 @@ def answer_text(answers: list[str], facts: list[tuple[str, str, str]], most: int
     ordered = sorted(dict.fromkeys(answers), key=lambda a: place.get(a, 2*len(facts)))
     return JOIN.join(ordered[:most]) or NO_ANSWER
 
-# %% ../nbs/16_generator.ipynb #221ff480
+# %% ../nbs/16_generator.ipynb #d0e3be99
 class Chosen(NamedTuple):
     "The facts that are read, by question and then by falling probability."
     facts: Tensor  # [n] fact numbers in the batch
@@ -63,7 +63,7 @@ def choose_facts(
     top_k: int = 100, threshold: float = .01, fallback: int = 1,
     tau: float | None = None,  # relaxation temperature; None: no draw, all candidates are read
 ) -> Chosen:
-    "Candidates by `select_facts`; drawn by the straight-through sampler where `tau` is given, the best `fallback` facts where none is drawn."
+    "Candidates (`select_facts`), drawn by the straight-through sampler where `tau` is given; the `fallback` best where none is drawn."
     p = torch.sigmoid(logits)
     candidates = select_facts(p, fact_ptr, top_k, threshold, fallback)
     z = candidates.to(logits.dtype) if tau is None else sample_facts(logits, tau)*candidates
@@ -96,7 +96,7 @@ class QuestionSet:
         name = lambda local: p.entities[int(p.entity[node + local])]
         return [(name(int(p.head[first + f])), p.relations[int(p.rel[first + f])], name(int(p.tail[first + f]))) for f in facts]
 
-# %% ../nbs/16_generator.ipynb #ec7c6679
+# %% ../nbs/16_generator.ipynb #ff534602
 class DRAG(nn.Module):
     "D-RAG: retriever → sampler → projector → language model. forward(data, **Batch fields) → {'loss', 'n_items', 'parts'}."
     def __init__(
@@ -143,7 +143,8 @@ class DRAG(nn.Module):
         questions, sizes = batch.question.tolist(), chosen.ptr.diff().tolist()
         named = [data.triples(q, facts.tolist()) for q, facts in zip(questions, local.split(sizes))]
         of = lambda values, i: None if values is None else values.split(sizes)[i]
-        prompts = [fact_prompt(data.packed.questions[q], facts, of(vectors, i), self.evidence) for i, (q, facts) in enumerate(zip(questions, named))]
+        prompts = [fact_prompt(data.packed.questions[q], facts, of(vectors, i), self.evidence)
+                   for i, (q, facts) in enumerate(zip(questions, named))]
         if self.gate_text and chosen.gate.requires_grad and self.evidence != 'vectors': self._gate_texts(prompts, chosen.gate.split(sizes))
         return prompts, named
 
@@ -160,7 +161,8 @@ class DRAG(nn.Module):
         "(the prompts as one batch, with answers where `labelled`; the facts of each that are in it, as names; the answers)."
         prompts, named = self.prompts(data, batch, out, chosen)
         texts = [answer_text(data.packed.answers_of(q), facts, self.max_answers) for q, facts in zip(batch.question.tolist(), named)]
-        mixed = build_batch(self.llm, prompts, texts if labelled else None, max_length=self.max_length, eos_loss_weight=self.eos_loss_weight)
+        mixed = build_batch(self.llm, prompts, texts if labelled else None,
+                            max_length=self.max_length, eos_loss_weight=self.eos_loss_weight)
         return mixed, [facts[:len(facts) - n] for facts, n in zip(named, mixed.n_dropped.tolist())], texts
 
     def generation_loss(self, data: QuestionSet, batch: Batch, out: RetrieverOutput, chosen: Chosen) -> tuple[Tensor, dict]:
@@ -170,7 +172,7 @@ class DRAG(nn.Module):
         counts = {'n_facts': chosen.ptr.diff().float().mean(), 'n_dropped': mixed.n_dropped.float().mean()}
         return per_item, {k: v.float().mean() for k, v in parts.items()} | counts
 
-# %% ../nbs/16_generator.ipynb #96c505c6
+# %% ../nbs/16_generator.ipynb #04adaafe
 def _norm(loss: Tensor, parameters: list) -> Tensor:
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.stack([g.norm() for g in grads if g is not None] or [loss.new_zeros(())]).norm()
@@ -180,7 +182,9 @@ def _forward(self, data: QuestionSet, **inputs):
     out = self.retrieve(data, batch)
     learns, drawn = out.logits.requires_grad, self.training and self.estimator != 'none'
     if drawn and self.estimator == 'score_function': gen, parts = self._score_function(data, batch, out)
-    else: gen, parts = self.generation_loss(data, batch, out, choose_facts(out.logits, batch.fact_ptr, **self.selection, tau=self.tau if drawn else None))
+    else:
+        chosen = choose_facts(out.logits, batch.fact_ptr, **self.selection, tau=self.tau if drawn else None)
+        gen, parts = self.generation_loss(data, batch, out, chosen)
     loss = gen = gen.mean()
     if learns:
         ret, more = retrieval_loss(out.logits*self.calibration, batch.label, batch.fact_ptr, self.rho, self.margin)
@@ -215,7 +219,7 @@ def _score_function(self, data: QuestionSet, batch: Batch, out: RetrieverOutput)
 
 DRAG.forward, DRAG._balance, DRAG._score_function = _forward, _balance, _score_function
 
-# %% ../nbs/16_generator.ipynb #2ab387ff
+# %% ../nbs/16_generator.ipynb #aa556e46
 class Answers(NamedTuple):
     "Answers to some questions of a data set, in order."
     questions: list[int]  # their numbers
@@ -242,7 +246,8 @@ def answer_questions(
     if not questions: raise ValueError('there are no questions to answer')
     was_training, facts, said, gold = model.training, [], [], []
     model.eval()
-    for some in tqdm([questions[i:i + batch_size] for i in range(0, len(questions), batch_size)], progress, unit='batch', disable=progress is None):
+    batches = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
+    for some in tqdm(batches, progress, unit='batch', disable=progress is None):
         batch = data.packed.batch(torch.tensor(some)).to(model.llm.device)
         out = model.retrieve(data, batch)
         chosen = choose_facts(out.logits, batch.fact_ptr, **model.selection)

@@ -59,7 +59,7 @@ def _scale_of_ids(config) -> float:
     "FalconH1 multiplies embeddings by a constant where it is given ids, not where it is given vectors."
     return config.embedding_multiplier if config.model_type == 'falcon_h1' else 1.
 
-# %% ../nbs/11_llm.ipynb #6fcf02bf
+# %% ../nbs/11_llm.ipynb #36f81c26
 _no_limit = (0., float('inf'))
 
 def _prepare_inputs(self, input_ids, inputs_embeds=None, **kwargs):
@@ -83,7 +83,7 @@ def mend(
     head = model.get_output_embeddings()
     if _contiguous not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_contiguous)
-        mended.append('the head is not copied for every row')
+        mended.append('lm_head is given contiguous states: no copy of it per row')
     if _scale_of_ids(model.config) != 1: mended.append(f'embed() scales by {_scale_of_ids(model.config):g}, as the model scales ids')
     return tuple(mended)
 
@@ -474,7 +474,7 @@ def _read(kind, where: str, name: str, **kwargs):
         elif is_offline_mode(): reason = 'not in the local cache, and HF_HUB_OFFLINE is set: download it once, or give a folder'
         raise FileNotFoundError(f'{name}: {reason}') from None
 
-# %% ../nbs/11_llm.ipynb #344c31ad
+# %% ../nbs/11_llm.ipynb #e0f26ed4
 def load_llm(
     name: str = 'reader-tiny',  # a preset, a folder, or a hub id
     *, precision: Literal['auto', 'bf16', 'fp32'] = 'auto',  # auto: bf16 on a GPU, fp32 on a CPU
@@ -486,6 +486,7 @@ def load_llm(
     "Load a causal language model, mended and consistent; prints what it needs and what it is. ValueError or FileNotFoundError, one line."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError('torch sees no GPU: device="cpu"')
     precision, where = _settle_precision(precision, device), _find(name)
     quantization = _quantization(quantize, precision)
     config = _read(AutoConfig, where, name, trust_remote_code=trust_remote_code)

@@ -8,19 +8,20 @@ __all__ = ['project_folder', 'project_path', 'RunError', 'UsageError', 'closest'
            'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters', 'notebook_values',
            'run_notebook']
 
-# %% ../nbs/06_runs.ipynb #d452b882
-import ast, difflib, fcntl, json, math, os, platform, resource, shlex, shutil, subprocess, sys, time, typing
+# %% ../nbs/06_runs.ipynb #8dac142f
+import ast, difflib, fcntl, json, math, os, platform, resource, shlex, shutil, subprocess, sys, time, types, typing
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata, util
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .files import check_name, sha256, write_json, write_text
 
-# %% ../nbs/06_runs.ipynb #96202827
+# %% ../nbs/06_runs.ipynb #7604acc1
 def project_folder() -> Path:
     "The folder of `checkpoints/` and `figures/`: env `DRAG_HOME`, else the nearest parent of the cwd with `settings.ini`, else the cwd."
     if os.environ.get('DRAG_HOME'): return Path(os.environ['DRAG_HOME']).expanduser().resolve()
@@ -34,7 +35,7 @@ def project_path(path: str | Path) -> Path:
 
 def _folder(name: str) -> Path: return project_folder()/'checkpoints'/check_name(name)
 
-# %% ../nbs/06_runs.ipynb #7ebaccc8
+# %% ../nbs/06_runs.ipynb #c0773585
 class RunError(ValueError):
     "A run that cannot be started, continued, read or finished; `str(e)` is one line that says what to do."
 
@@ -47,7 +48,7 @@ def closest(name: str, names) -> str:
     near = difflib.get_close_matches(name.replace('-', '_'), list(plain), n=1, cutoff=.5)
     return f'did you mean {plain[near[0]]!r}?' if near else 'there are: ' + (', '.join(sorted(names)) or 'none')
 
-# %% ../nbs/06_runs.ipynb #5c428528
+# %% ../nbs/06_runs.ipynb #c3857b36
 def check_value(
     name: str,  # the parameter's name, for the error
     value,  # text or an already typed value
@@ -75,10 +76,13 @@ def _json(text: str):
 def kind_name(kind) -> str:
     "A type annotation as a user reads it."
     if typing.get_origin(kind) is typing.Literal: return ' | '.join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated: return kind_name(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Union, types.UnionType): return ' | '.join(map(kind_name, typing.get_args(kind)))
+    if kind is type(None): return 'None'
     if isinstance(kind, type) and not hasattr(kind, '__args__'): return kind.__name__
     return str(kind).replace('typing.', '').replace('pathlib.', '')
 
-# %% ../nbs/06_runs.ipynb #78f96c5c
+# %% ../nbs/06_runs.ipynb #2de0c815
 _packages = ('drag_lib torch transformers torch_geometric peft accelerate datasets sentence-transformers tokenizers safetensors '
              'numpy pandas faiss-cpu mamba-ssm causal-conv1d bitsandbytes').split()
 
@@ -97,7 +101,7 @@ def git_state() -> dict:
     try: return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain'))}
     except (OSError, subprocess.SubprocessError): return {'commit': None, 'dirty': None}
 
-# %% ../nbs/06_runs.ipynb #6257495a
+# %% ../nbs/06_runs.ipynb #50bf3108
 def device_name() -> str:
     "The GPU's name where torch is loaded and sees one, else the CPU's."
     torch = sys.modules.get('torch')
@@ -117,7 +121,7 @@ def peak_memory() -> dict[str, int]:
     cuda = {'peak_cuda_bytes': torch.cuda.max_memory_allocated()} if torch is not None and torch.cuda.is_initialized() else {}
     return {'peak_memory_bytes': rss, **cuda}
 
-# %% ../nbs/06_runs.ipynb #8de7b0d1
+# %% ../nbs/06_runs.ipynb #db09716a
 _held = {}  # run folder -> lock file of this process
 
 def _lock(folder: Path):
@@ -149,7 +153,7 @@ def _forget_locks():
 
 os.register_at_fork(after_in_child=_forget_locks)
 
-# %% ../nbs/06_runs.ipynb #8fc672b1
+# %% ../nbs/06_runs.ipynb #e356b6fe
 def flat(values: dict, prefix: str = '') -> dict:
     "`values` with nested dicts and lists as `a/b` keys, 0-d tensors and numpy scalars as Python numbers, non-finite numbers as None."
     out = {}
@@ -169,7 +173,7 @@ def _log_line(values: dict) -> str:
         return value
     return json.dumps({k: plain(v) for k, v in values.items()}, ensure_ascii=False, default=str, allow_nan=False)
 
-# %% ../nbs/06_runs.ipynb #95296567
+# %% ../nbs/06_runs.ipynb #3311e323
 def _read_json(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
@@ -255,7 +259,7 @@ def _status(folder: Path, manifest: dict) -> str:
     status = manifest.get('status', 'unreadable')
     return 'interrupted' if status == 'running' and not _is_locked(folder) else status
 
-# %% ../nbs/06_runs.ipynb #e256a5c8
+# %% ../nbs/06_runs.ipynb #40e4d4f1
 def default_name(method: str) -> str:
     "`<method>-<yyyymmdd-hhmmss>`, not taken yet; the same on every rank of a torchrun job."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: return _from_rank_0(lambda: _free_name(method))
@@ -306,7 +310,7 @@ def start_run(
     print(f'run {run.name}: {folder.relative_to(project_folder())}', file=sys.stderr, flush=True)
     return run
 
-# %% ../nbs/06_runs.ipynb #25789fa8
+# %% ../nbs/06_runs.ipynb #a74feddb
 def _new_manifest(name: str, config: dict, method: str, data: dict, seed: int) -> dict:
     for role, path in data.items():
         if not Path(path).exists(): raise FileNotFoundError(f'{role}: {path}: no such file')
@@ -352,7 +356,7 @@ def _left_nothing(folder: Path, manifest: dict) -> bool:
 def _status_before(manifest: dict) -> str:
     return 'interrupted' if manifest.get('status') == 'running' else manifest.get('status', '?')
 
-# %% ../nbs/06_runs.ipynb #827606fb
+# %% ../nbs/06_runs.ipynb #99ed6fd7
 def load_run(name: str) -> Run:
     "A run by name, for reading. Raises RunError, naming the closest one, where there is none."
     folder = _folder(name)
@@ -379,7 +383,7 @@ def list_runs():  # -> pandas.DataFrame
     frame = pd.DataFrame(rows, columns=head + [k for k in _main_metrics if any(k in row for row in rows)])
     return frame.sort_values(['started', 'name'], ignore_index=True)
 
-# %% ../nbs/06_runs.ipynb #9309c15f
+# %% ../nbs/06_runs.ipynb #c1d7d4f5
 def compare_runs(
     names: list[str],
     keys: list[str] | None = None,  # metrics to show; None: all. One that no run has raises UsageError
@@ -400,7 +404,7 @@ def compare_runs(
     rows |= {k: [m.get(k) for m in metrics] for k in (keys or known)}
     return pd.DataFrame.from_dict(rows, orient='index', columns=names, dtype=object)
 
-# %% ../nbs/06_runs.ipynb #77be3918
+# %% ../nbs/06_runs.ipynb #d0c2a864
 def _notebook_folders() -> list[Path]:
     checkout = Path(util.find_spec('drag_lib').submodule_search_locations[0]).parent
     return list(dict.fromkeys([project_folder()/'nbs'/'runs', checkout/'nbs'/'runs']))
@@ -437,7 +441,7 @@ def _kind_of(default):
     "The type a default stands for; None stands for any plain value."
     return bool | int | float | str | None if default is None else list if isinstance(default, tuple) else type(default)
 
-# %% ../nbs/06_runs.ipynb #81f4c5c5
+# %% ../nbs/06_runs.ipynb #c239e8e9
 def notebook_values(notebook: Path, parameters: dict) -> dict:
     "`parameters` typed as the notebook declares them. Raises UsageError for one it does not declare, naming the closest."
     declared = notebook_parameters(notebook)
@@ -486,7 +490,7 @@ def run_notebook(
     log.unlink(missing_ok=True)
     return kept
 
-# %% ../nbs/06_runs.ipynb #da07cd87
+# %% ../nbs/06_runs.ipynb #03dac6f9
 def _execute(notebook: Path, output: Path, values: dict, out):
     "papermill, with its errors as one line each."
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""`make demo`: build the embedded data set, audit it, train D-RAG's retriever through its notebook, evaluate it on held-out entities,
-and show five questions with the facts retrieved and their probabilities. About ten minutes on two CPU cores."""
+"""`make demo`: build the embedded data set, audit it, train D-RAG's retriever through its notebook, then retriever, projector and language
+model together, evaluate on held-out entities beside the controls, look at how the answers end, and show five questions with their
+answers and the facts they were read from. At most ten minutes on two CPU cores."""
 import gzip
 import json
 import os
@@ -13,29 +14,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import BIN, ROOT  # noqa: E402
 
 WORLD = Path('data/world/kgqa')
+PHASE2 = '--epochs 1 --train-limit 2000 --batch-size 8 --learning-rate 1e-3 --max-facts-cap 20 --prob-threshold 0.02 --max-new-tokens 96'
 ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'MPLBACKEND': 'Agg'}
 BEGAN = time.monotonic()
 
 
 def step(number: int, what: str, *command: str, capture: bool = False) -> str:
     "Run one command with its output passed on (`capture`: stdout returned); stop the demo when it fails."
-    print(f'\n[{number}/5 · {time.monotonic() - BEGAN:.0f} s] {what}\n    $ drag {" ".join(command)}', flush=True)
+    print(f'\n[{number}/7 · {time.monotonic() - BEGAN:.0f} s] {what}\n    $ drag {" ".join(command)}', flush=True)
     done = subprocess.run([str(BIN/'drag'), *command], cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE if capture else None)
     if done.returncode: sys.exit(f'demo: step {number} failed with exit code {done.returncode}')
     return done.stdout
 
 
-def table(metrics: dict) -> str:
-    columns = ['answer_recall@1', 'answer_recall@5', 'answer_recall@10', 'path_recall@10', 'map']
-    lines = ['retriever   ' + ''.join(f'{c:>18}' for c in columns)]
-    for row in ('trained', 'untrained', 'cosine'):
-        values = [metrics[c if row == 'trained' else f'{row}/{c}'] for c in columns]
-        lines.append(f'{row:<12}' + ''.join(f'{v:18.3f}' for v in values))
+def table(metrics: dict, columns: list[str], rows: dict[str, str]) -> str:
+    "`columns` of `metrics`, one line a row; `rows`: name -> prefix of its keys."
+    lines = [' '*24 + ''.join(f'{c:>18}' for c in columns)]
+    for row, prefix in rows.items(): lines.append(f'{row:<24}' + ''.join(f'{metrics[prefix + c]:18.3f}' for c in columns))
     return '\n'.join(lines)
 
 
 def five_questions(path: Path) -> str:
-    "One question of each of five kinds, with its best facts."
+    "One question of each of five kinds, with its answer and the best facts it was read from."
     with gzip.open(ROOT/WORLD/'test.jsonl.gz', 'rt', encoding='utf-8') as f: records = {r['id']: r for r in map(json.loads, f)}
     shown, lines = set(), []
     for row in map(json.loads, path.read_text().splitlines()):
@@ -43,8 +43,9 @@ def five_questions(path: Path) -> str:
         if record['kind'] in shown or record['kind'] not in ('1hop', '2hop', '3hop', 'conjunction', 'multi'): continue
         shown.add(record['kind'])
         gold = {tuple(f) for p in record['paths'] for f in p}
-        lines.append(f"\n{record['question']}   [{record['kind']}; answer: {' | '.join(record['answer'])}]")
-        lines += [f"   {p:.3f} {'*' if (h, r, t) in gold else ' '} {h} — {r} — {t}" for h, r, t, p in row['facts'][:6]]
+        lines.append(f"\n{record['question']}   [{record['kind']}]")
+        lines.append(f"   answer: {' | '.join(row['prediction']) or '(nothing)'}      wanted: {' | '.join(record['answer'])}")
+        lines += [f"   {p:.3f} {'*' if (h, r, t) in gold else ' '} {h} — {r} — {t}" for h, r, t, p in row['facts'][:5]]
     return '\n'.join(lines)
 
 
@@ -57,16 +58,23 @@ def main():
     settings = {'run': run, 'dim': 256, 'epochs': 4, 'learning_rate': 0.001}
     settings |= {part: WORLD/f'{name}.jsonl.gz' for part, name in (('train', 'train'), ('val', 'dev'), ('test', 'test'))}
     given = [x for name, value in settings.items() for x in ('-p', name, str(value))]
-    step(3, 'train and evaluate the retriever through its notebook', 'run', 'drag-phase1', *given)
-    text = step(4, 'evaluate on held-out topic entities', 'eval', run, '--data', str(WORLD/'test.jsonl.gz'), '--controls', '--json',
-                '--predictions', str(out/'facts.jsonl'), capture=True)
+    step(3, 'phase 1: train the retriever through its notebook, measure it on held-out topic entities', 'run', 'drag-phase1', *given)
+    retrieval = json.loads((out/'metrics.json').read_text())
+    answers = f'{run}-answers'
+    step(4, 'phase 2: retriever, projector and language model together', 'train', 'drag-phase2', '--phase1', run, '--run', answers,
+         '--train', str(WORLD/'train.jsonl.gz'), '--val', str(WORLD/'dev.jsonl.gz'), *PHASE2.split(), '--val-generation-limit', '100')
+    text = step(5, 'evaluate on held-out topic entities', 'eval', answers, '--data', str(WORLD/'test.jsonl.gz'), '--limit', '400',
+                '--controls', '--json', '--predictions', str(out/'answers.jsonl'), capture=True)
     metrics = json.loads(text)
-    print('\n' + table(metrics))
-    before, after = metrics['ece_uncalibrated'], metrics['ece']
-    print(f'\nexpected calibration error of the probabilities: {before:.4f}, after temperature scaling {after:.4f}')
-    print(f"\n[5/5 · {time.monotonic() - BEGAN:.0f} s] five questions about entities never seen; the facts retrieved, * = on a gold path")
-    print(five_questions(out/'facts.jsonl'))
-    print(f'\nplots: figures/{run}/   report: checkpoints/{run}/drag_phase1.ipynb   {time.monotonic() - BEGAN:.0f} s in all')
+    print('\n' + table(metrics, ['answer_recall@1', 'answer_recall@10', 'path_recall@10', 'map'], {'facts of phase 2': ''}))
+    print(f"\nexpected calibration error after phase 1: {retrieval['ece']:.4f}, after phase 2 {metrics['ece']:.4f}\n")
+    print(table(metrics, ['strict/hits_at_1', 'strict/em', 'strict/f1'],
+                {'phase 2': '', 'untuned reader': 'untuned/', 'best fact, no reader': 'retriever/'}))
+    step(6, 'how the answers end', 'diagnose', answers, '--limit', '100')
+    print(f'\n[7/7 · {time.monotonic() - BEGAN:.0f} s] five questions about entities never seen; the facts read, * = on a gold path')
+    print(five_questions(out/'answers.jsonl'))
+    plots = f'figures/{run}/, figures/{answers}/ (eos.png: how answers end)'
+    print(f'\nplots: {plots}   report: checkpoints/{run}/drag_phase1.ipynb   {time.monotonic() - BEGAN:.0f} s in all')
 
 
 if __name__ == '__main__': main()

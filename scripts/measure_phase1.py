@@ -96,17 +96,17 @@ def measure(name: str, seeds: list[int]):
         'set': name, **counts, 'config': config, **made_by(name), 'summary': summary, 'seeds': rows})
 
 
-def mean_rows(rows: list[dict]) -> dict:
-    "Mean and 95 % t-interval over seeds of each figure; intervals of shares end at 0 and 1."
+def mean_rows(rows: list[dict], keys: list[str] = RANKED + PROBABLE) -> dict:
+    "Mean and 95 % t-interval over seeds of the figures named `keys`; intervals of shares end at 0 and 1."
     def interval(values):
         if len(values) == 1: return {'mean': values[0]}
         mean, low, high = seed_interval(values)
         return {'mean': mean, 'low': max(low, 0.), 'high': min(high, 1.)}
-    return {k: interval([r[k] for r in rows]) for k in rows[0] if k in RANKED + PROBABLE}
+    return {k: interval([r[k] for r in rows]) for k in rows[0] if k in keys}
 
 
-def made_by(*words: str) -> dict:
-    command = ' '.join(['scripts/measure_phase1.py', *words])
+def made_by(*words: str, script: str = 'scripts/measure_phase1.py') -> dict:
+    command = ' '.join([script, *words])
     return {'device': device_name(), 'threads': torch.get_num_threads(), 'command': command, 'git': git_state()}
 
 
