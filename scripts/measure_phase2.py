@@ -53,7 +53,8 @@ def one(name: str, row: str, seed: int) -> dict:
     train_phase2(config, run=run, resume=True)
     report = evaluate_phase2(run, str(paths['dev']), controls=row == 'phase 2')
     made = load_run(run).manifest
-    return {'seed': seed, 'train_seconds': made['seconds'], 'git': made['git'], 'config': {**asdict(config)}, 'report': report}
+    told = {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')}
+    return {'seed': seed, 'train_seconds': made['seconds'], 'git': made['git'], 'config': told, 'report': report}
 
 
 def measure(name: str, rows: list[str], seeds: list[int]):

@@ -70,7 +70,7 @@ def test_training(home, whole):
     assert whole['eos/supervised'] == 1 and whole['eos/failures'] > 0
     log = log_of(home, 'whole')
     steps = [row for row in log if 'loss' in row]
-    assert len(steps) == 9 and all(row['lr/retriever'] > 0 and row['lr/projector'] > 0 and row['learning_rate'] > 0 for row in steps[:-1])
+    assert len(steps) == 9 and all(row[k] > 0 for row in steps[1:] for k in ('lr/retriever', 'lr/projector', 'learning_rate'))
     assert all(row.keys() >= {'gen', 'ret', 'ret_weight', 'tau', 'n_facts', 'answer', 'eos'} for row in steps)
     assert sum(row['gen'] for row in steps[-3:]) < sum(row['gen'] for row in steps[:3])
     assert [row['step'] for row in log if 'val/strict/f1' in row] == [2, 4, 6, 8]
@@ -81,7 +81,7 @@ def test_training(home, whole):
 
 
 def test_the_gate_fails_a_run_that_does_not_stop(home, drag):
-    code, out, err = drag(train(run='gated'))
+    code, out, err = drag(train(run='gated', max_new_tokens=30))
     assert (code, out) == (1, ''), err
     one_error(err, 'stop by themselves', 'P(EOS)')
     metrics, manifest = read(home, 'gated', 'metrics.json'), read(home, 'gated', 'manifest.json')
