@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
+import pandas as pd
 import pytest
 from common import Job, log_of, one_error, question, read, same_end, write
 from safetensors.torch import load_file, save_file
@@ -35,6 +37,9 @@ def home(tmp_path_factory):
     write(home/'val.jsonl', val)
     write(home/'few.jsonl', train[:6])
     write(home/'others.jsonl', train[6:12])
+    (home/'splits').mkdir()
+    for split, rows in (('train', train[:6]), ('validation', val[:3]), ('test', train[6:12])):
+        pd.DataFrame(rows).to_parquet(home/'splits'/f'{split}-00000-of-00001.parquet')
     write(home/'bad.jsonl', [*train[:2], {**train[2], 'graph': [train[2]['graph'][0], ['only', 'two']]}, *train[3:]])
     write(home/'badval.jsonl', [*val[:3], {**val[3], 'question': 7}, *val[4:]])
     write(home/'far.jsonl', [{**row, 'a_entity': ['nowhere'], 'answer': ['nowhere'], 'paths': None} for row in train])
@@ -46,6 +51,9 @@ def home(tmp_path_factory):
     words = '--train train.jsonl --val val.jsonl --dim 16 --n-layers 1 --dropout 0 --epochs 2 --learning-rate 0.01 --run small'
     job = Job(home, f'train drag-phase1 {words}')
     assert job.code() == 0, job.err
+    shutil.copytree(home/'checkpoints'/'small', home/'checkpoints'/'cold')  # the same retriever, surer of itself
+    settings = read(home, 'cold', 'retriever.json')
+    (home/'checkpoints'/'cold'/'retriever.json').write_text(json.dumps(settings | {'temperature': settings['temperature']/2}))
     return home
 
 
@@ -73,7 +81,7 @@ def test_training(home, whole):
     assert len(steps) == 9 and all(row[k] > 0 for row in steps[1:] for k in ('lr/retriever', 'lr/projector', 'learning_rate'))
     assert all(row.keys() >= {'gen', 'ret', 'ret_weight', 'tau', 'n_facts', 'answer', 'eos'} for row in steps)
     assert sum(row['gen'] for row in steps[-3:]) < sum(row['gen'] for row in steps[:3])
-    assert [row['step'] for row in log if 'val/strict/f1' in row] == [2, 4, 6, 8]
+    assert [row['step'] for row in log if 'val/strict/f1' in row] == [2, 4, 6, 8, 9]
     assert [row['id'] for row in rows_of(folder/'predictions.jsonl')] == [row['id'] for row in rows_of(home/'val.jsonl')]
     manifest = read(home, 'whole', 'manifest.json')
     assert manifest['status'] == 'done' and manifest['data'].keys() == {'train', 'val', 'phase1'}
@@ -143,8 +151,8 @@ def test_killed_twice_ends_in_the_same_weights(home, whole):
     for least in (2, 6):  # updates: within an epoch, at the end of one
         job, until = Job(home, line), time.monotonic() + 200
         reached = lambda: any(int(p.name.split('-')[1]) >= least for p in places.glob('checkpoint-*'))
-        while not reached() and time.monotonic() < until: time.sleep(.005)
-        assert job.kill(), job.err
+        while not reached() and job.process.is_alive() and time.monotonic() < until: time.sleep(.005)
+        assert job.process.is_alive() and job.kill(), job.err
     job = Job(home, line)
     assert job.code() == 0 and 'resuming at update' in job.err, job.err
     same_end(home, 'killed', 'whole', ['model.safetensors', 'last.safetensors', 'retriever.safetensors', 'projector.safetensors',
@@ -208,11 +216,51 @@ def test_eval(home, whole, drag):
     own = {k: v for k, v in got.items() if not k.startswith(('untuned/', 'retriever/'))}
     assert own == pytest.approx({k: whole[k] for k in own}, abs=1e-5)
     assert got['untuned/strict/f1'] == 0 and 0 <= got['retriever/strict/hits_at_1'] <= 1
-    code, out, err = drag('eval whole --data badval.jsonl')
+    code, out, err = drag('eval whole --data badval.jsonl --json')
     assert (code, out) == (1, '')
     one_error(err, 'badval.jsonl:4: question')
     skipping = json.loads(drag('eval whole --data badval.jsonl --skip-bad --json')[1])
     assert (skipping['n'], skipping['failed'], skipping['n_answered']) == (10, 1, 9)
+
+
+CHANGES = {  # field: (another value, the settings that both runs share)
+    'phase1': ('cold', {}), 'train': ('others.jsonl', {}), 'val': ('others.jsonl', {}), 'train_limit': (4, {}), 'val_limit': (2, {}),
+    'train_split': ('test', {'train': 'splits'}), 'val_split': ('test', {'val': 'splits'}), 'llm': ('nemotron_h', {}),
+    'tune': ('none', {}), 'lora_rank': (2, {}), 'lora_alpha': (8., {}), 'lora_dropout': (.5, {}), 'lora_targets': (('mlp',), {}),
+    'learning_rate': (.002, {}), 'retriever_rate': (.01, {}), 'projector_rate': (.01, {}), 'train_retriever': (False, {}),
+    'train_projector': (False, {}), 'projector_hidden': (8, {}), 'evidence': ('text', {}), 'estimator': ('none', {}),
+    'gate_text': (False, {}), 'n_draws': (2, {'estimator': 'score_function'}), 'temperature': (2., {}), 'temperature_end': (2., {}),
+    'max_facts_cap': (2, {}), 'prob_threshold': (.9, {}), 'fallback': (3, {'prob_threshold': .9999}), 'ret_weight': (1., {}),
+    'balance_every': (1, {}), 'balance_rho': (.1, {'balance_every': 1}), 'rho': (.2, {}), 'margin': (3., {}), 'eos_loss_weight': (3., {}),
+    'max_length': (200, {}), 'max_answers': (1, {}), 'max_new_tokens': (2, {}), 'num_beams': (3, {}), 'constrain': (True, {}),
+    'val_generation_limit': (1, {}), 'seed': (1, {})}
+ELSEWHERE = {'skip_bad', 'eos_gate', 'quantize', 'trust_remote_code', 'gradient_checkpointing'}  # see the other tests
+
+
+def test_every_field_changes_something(home, monkeypatch, capsys):
+    from drag_lib.phase2 import Phase2Config, train_phase2
+    from drag_lib.training import TrainConfig
+    monkeypatch.setenv('DRAG_HOME', str(home))
+    monkeypatch.setenv('DRAG_CACHE', str(home/'cache'))
+    monkeypatch.chdir(home)
+    small = {k.replace('-', '_'): v for k, v in SMALL.items()}
+    small |= {'train': 'few.jsonl', 'val_limit': 3, 'batch_size': 3, 'max_facts_cap': 5, 'max_new_tokens': 4, 'eos_gate': False}
+    names = iter(range(1000))
+
+    def traces(**changed):
+        run = f'field-{next(names)}'
+        told = train_phase2(Phase2Config(**small | changed), run=run, plots=False)
+        return told, log_of(home, run), rows_of(home/'checkpoints'/run/'predictions.jsonl')
+
+    base, without_effect = {'{}': traces()}, []
+    assert traces() == base['{}']
+    for field, (value, shared) in CHANGES.items():
+        key = json.dumps(shared)
+        if key not in base: base[key] = traces(**shared)
+        if traces(**shared, **{field: value}) == base[key]: without_effect.append(field)
+    assert without_effect == []
+    own = {f.name for f in fields(Phase2Config)} - {f.name for f in fields(TrainConfig)}
+    assert own - CHANGES.keys() == ELSEWHERE
 
 
 ASKED = 'What is the river of the capital of entity 100.0?'
@@ -243,12 +291,13 @@ def test_diagnose(home, whole, drag):
         {k: whole[k] for k in found if k.startswith('eos/')}, abs=1e-5)
     assert all(path.read_bytes().startswith(b'\x89PNG') for path in plots)
     code, out, err = drag('diagnose whole --data train.jsonl --limit 3')
-    assert code == 1 and '<|eos|>' in out and 'eos/n ' in out and 'entity 0.2' in ''.join(out.split()).replace('entity', 'entity ')
+    ends = [line.split() for line in out.splitlines() if '<|eos|>' in line and 'True' in line]
+    assert code == 1 and [row[0] for row in ends] == ['0', '1'], out  # the item that each ends
 
 
 @pytest.mark.parametrize('words, changed, code, parts', [
     ('', {'phase1': 'nowhere'}, 1, ["no run 'nowhere'"]),
-    ('', {'phase1': 'whole'}, 1, ["'whole'", 'retriever']),
+    ('', {'phase1': 'whole'}, 1, ["run 'whole'"]),
     ('', {'llm': 'nowhere'}, 1, ["no model 'nowhere'"]),
     ('', {'llm': 'checkpoints'}, 1, ['checkpoints', 'config.json']),
     ('', {'train': 'nowhere.jsonl'}, 1, ['nowhere.jsonl']),
@@ -293,7 +342,7 @@ def test_a_phase_1_run_must_be_named(home, drag):
     (['whole', ASKED, '--graph', 'train.jsonl'], 1, ['train.jsonl:1']),
     (['whole', ASKED], 2, ['--graph']),
     (['whloe', ASKED, '--graph', 'graph.csv'], 1, ["'whole'"]),
-    (['small', ASKED, '--graph', 'graph.csv'], 1, ["'small'", 'D-RAG']),
+    (['small', ASKED, '--graph', 'graph.csv'], 1, ["run 'small'"]),
 ])
 def test_mistakes_of_ask(home, whole, drag, words, code, parts):
     got, out, err = drag(['ask', *words])
