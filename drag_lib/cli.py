@@ -313,7 +313,7 @@ def _compare(
     if as_json: return _print(table.to_dict(), True)
     print(table.map(lambda x: _show(x) if isinstance(x, float | None) else str(x)[:40]).to_string())
 
-# %% ../nbs/20_cli.ipynb #e76db569
+# %% ../nbs/20_cli.ipynb #28aa3095
 EVALUATORS = {'drag-phase1': ('drag_lib.drag', 'evaluate_phase1'), 'drag-phase2': ('drag_lib.phase2', 'evaluate_phase2'),
               'reader': ('drag_lib.reader', 'evaluate_reader_run')}
 
@@ -324,13 +324,15 @@ def _eval(
     split: Annotated[str, typer.Option(help='Split, where DATA is a folder or hub name.')] = 'test',
     predictions: Annotated[str | None, typer.Option(help='Also write the predictions, one JSON object a line.')] = None,
     controls: Annotated[bool, typer.Option('--controls', help='Add the control rows of the method, such as cosine/….')] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help='The first so many records.')] = None,
     skip_bad: _SkipBad = False, as_json: _Json = False,
 ):
     "Metrics of a trained run on a record file."
     method = load_run(run).manifest['method']
     if method not in EVALUATORS: raise RunError(f'run {run!r}: drag eval does not know the method {method!r}')
     evaluate = _library(*EVALUATORS[method])
-    _print(_call(as_json, evaluate, run, data, split=split, skip_bad=skip_bad, predictions=predictions, controls=controls), as_json)
+    options = {'split': split, 'limit': limit, 'skip_bad': skip_bad, 'predictions': predictions, 'controls': controls}
+    _print(_call(as_json, evaluate, run, data, **options), as_json)
 
 # %% ../nbs/20_cli.ipynb #5c30e327
 DIAGNOSERS = {'drag-phase2': ('drag_lib.phase2', 'diagnose_phase2')}
