@@ -7,9 +7,9 @@ __all__ = ['Rate', 'Phase2Config', 'build_drag', 'save_drag', 'load_drag', 'pred
            'read_set', 'train_phase2', 'draw_phase2', 'plot_balance', 'evaluate_phase2', 'control_answers',
            'named_entities', 'ask', 'diagnose_phase2']
 
-# %% ../nbs/18_phase2.ipynb #233afee9
+# %% ../nbs/18_phase2.ipynb #94b418df
 import json, math, sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +32,7 @@ from .runs import Run, RunError, closest, load_run, project_path, start_run
 from .text_encoder import TextEncoder
 from .training import Positive, TrainConfig, TrainingError, fit, micro_batches, world_size
 
-# %% ../nbs/18_phase2.ipynb #f0043469
+# %% ../nbs/18_phase2.ipynb #db5c7731
 Rate = Annotated[float, Field(gt=0)]
 
 @dataclass(kw_only=True)
@@ -54,10 +54,11 @@ class Phase2Config(TrainConfig):
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32.
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.
-    lora_targets: tuple[str, ...] = ('attention', 'mamba', 'mlp')  # groups of `lora_groups`
+    lora_targets: list[str] = field(default_factory=lambda: ['attention', 'mamba', 'mlp'])  # groups of `lora_groups`
     learning_rate: Rate = 2e-4  # of the language model's trained part, at its peak
     retriever_rate: Rate = 2e-4
     projector_rate: Rate = 1e-3
+    dropout: Annotated[float, Field(ge=0, lt=1)] = .1  # of the retriever
     train_retriever: bool = True  # False: the cascade, a frozen retriever
     train_projector: bool = True
     projector_hidden: Positive | None = None  # None: the language model's width
@@ -84,7 +85,7 @@ class Phase2Config(TrainConfig):
     val_generation_limit: Positive | None = 200  # validation questions that are answered at each evaluation
     eos_gate: bool = True  # fail the run when its generations do not end as they should
 
-# %% ../nbs/18_phase2.ipynb #cba1d37b
+# %% ../nbs/18_phase2.ipynb #870bbba2
 _OPTIONS = ('evidence', 'estimator', 'gate_text', 'n_draws', 'ret_weight', 'balance_every', 'balance_rho', 'rho', 'margin',
             'max_length', 'max_answers', 'eos_loss_weight')
 
@@ -98,7 +99,11 @@ def build_drag(
     if config.tune == 'lora':
         llm = add_lora(llm, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=tuple(config.lora_targets))
     else: llm.model.requires_grad_(config.tune == 'full')
-    return _with_parts(config, llm, retriever.requires_grad_(config.train_retriever), calibration, n_passes)
+    retriever.dropout.p = config.dropout
+    model = _with_parts(config, llm, retriever.requires_grad_(config.train_retriever), calibration, n_passes)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError('nothing is left to train: tune is none and the other parts are frozen')
+    return model
 
 def _with_parts(config, llm, retriever, calibration, n_passes=1) -> DRAG:
     projector = None

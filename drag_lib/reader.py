@@ -10,9 +10,10 @@ __all__ = ['INSTRUCTION', 'Fact', 'MOST_ANSWERS', 'SPECIAL', 'Variant', 'Share',
            'ReaderTask', 'evaluate_reader', 'ReaderConfig', 'reader_records', 'save_reader', 'reader_folder',
            'install_reader', 'train_reader', 'evaluate_reader_run']
 
-# %% ../nbs/13_reader.ipynb #01871602
+# %% ../nbs/13_reader.ipynb #d226728c
 import json, random, re, shutil, sys, tempfile, time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import islice
@@ -623,7 +624,7 @@ def _read_all(config: ReaderConfig, sources: _Sources) -> tuple[ReaderData, list
     answers = Counter(JOIN.join(r.answer) or NO_ANSWER for r in train)
     return data, [val[i*len(val)//n] for i in range(n)], answers.most_common(1)[0][0]
 
-# %% ../nbs/13_reader.ipynb #46bce91e
+# %% ../nbs/13_reader.ipynb #1797ccbd
 def reader_records(source: str | Path, split: str = 'test') -> tuple[list, list]:
     "(question records, or reading records where it holds none, of a file, data set folder or hub name; the malformed ones as errors)."
     bad, worse = [], []
@@ -634,10 +635,18 @@ def reader_records(source: str | Path, split: str = 'test') -> tuple[list, list]
 def save_reader(lm, tokenizer, folder: Path):
     "Write a Hugging Face model folder, weights rounded to bf16."
     from copy import deepcopy
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     lm = deepcopy(lm).to(torch.bfloat16)
     if not lm.config.tie_word_embeddings: lm.get_output_embeddings().weight = nn.Parameter(lm.get_input_embeddings().weight.clone())
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+def _load_quietly(folder: Path) -> LLM:
+    "A reader in fp32; what loading says goes to stderr."
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    with redirect_stdout(sys.stderr): return load_llm(str(folder), precision='fp32')
 
 def reader_folder(run: str) -> Path:
     "The model folder of a finished run. RunError where there is none."
@@ -656,7 +665,7 @@ def install_reader(run: str, where: Path | None = None) -> Path:
         new.rename(where)
     return where
 
-# %% ../nbs/13_reader.ipynb #ea721883
+# %% ../nbs/13_reader.ipynb #b9df9f04
 def _tokenizer_of(run: Run, data: ReaderData, config: ReaderConfig):
     "The run's tokenizer, trained where it has none yet."
     from transformers import AutoTokenizer
@@ -732,7 +741,7 @@ def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, config: Read
     if not r.writes: return {}
     folder = r.folder/'reader'
     save_reader(lm, tokenizer, folder)
-    metrics, _ = evaluate_reader(load_llm(str(folder), precision='fp32'), val, majority=majority)
+    metrics, _ = evaluate_reader(_load_quietly(folder), val, majority=majority)
     made = {k: r.manifest[k] for k in ('command', 'config', 'seed', 'git', 'packages', 'device')}
     made['command'] = ['drag', *made['command'][1:]]  # without the path of the program
     made['data'] = {k: v['sha256'] for k, v in r.manifest['data'].items()}
@@ -740,7 +749,7 @@ def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, config: Read
     write_json(folder/'manifest.json', {'run': r.name, 'majority': majority, **made, **figures, 'val': _brief(metrics)})
     return metrics
 
-# %% ../nbs/13_reader.ipynb #e3803c03
+# %% ../nbs/13_reader.ipynb #27df2f88
 def evaluate_reader_run(
     run: str,
     data: str,  # question or reading records: a file, a data set folder or a hub name
@@ -753,7 +762,6 @@ def evaluate_reader_run(
     records, bad = reader_records(path if path.exists() else data, split)
     if bad and not skip_bad: raise bad[0]
     majority = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))['majority'] if controls else None
-    llm = load_llm(str(folder), precision='fp32')
-    metrics, rows = evaluate_reader(llm, records[:limit], majority=majority, failed=len(bad), progress='reading')
+    metrics, rows = evaluate_reader(_load_quietly(folder), records[:limit], majority=majority, failed=len(bad), progress='reading')
     if predictions: write_jsonl(predictions, rows)
     return metrics

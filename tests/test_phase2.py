@@ -178,7 +178,7 @@ def at_once(home):
     return json.loads(job.out)
 
 
-EXACT = {'estimator': 'none', 'epochs': 2, 'learning_rate': .001}
+EXACT = {'estimator': 'none', 'dropout': 0., 'epochs': 2, 'learning_rate': .001}
 
 
 def apart(home, run, reference):
@@ -227,9 +227,9 @@ def test_eval(home, whole, drag):
 CHANGES = {  # field: (another value, the settings that both runs share)
     'phase1': ('cold', {}), 'train': ('others.jsonl', {}), 'val': ('others.jsonl', {}), 'train_limit': (4, {}), 'val_limit': (2, {}),
     'train_split': ('test', {'train': 'splits'}), 'val_split': ('test', {'val': 'splits'}), 'llm': ('nemotron_h', {}),
-    'tune': ('none', {}), 'lora_rank': (2, {}), 'lora_alpha': (8., {}), 'lora_dropout': (.5, {}), 'lora_targets': (('mlp',), {}),
+    'tune': ('none', {}), 'lora_rank': (2, {}), 'lora_alpha': (8., {}), 'lora_dropout': (.5, {}), 'lora_targets': (['mlp'], {}),
     'learning_rate': (.002, {}), 'retriever_rate': (.01, {}), 'projector_rate': (.01, {}), 'train_retriever': (False, {}),
-    'train_projector': (False, {}), 'projector_hidden': (8, {}), 'evidence': ('text', {}), 'estimator': ('none', {}),
+    'dropout': (.6, {}), 'train_projector': (False, {}), 'projector_hidden': (8, {}), 'evidence': ('text', {}), 'estimator': ('none', {}),
     'gate_text': (False, {}), 'n_draws': (2, {'estimator': 'score_function'}), 'temperature': (2., {}), 'temperature_end': (2., {}),
     'max_facts_cap': (2, {}), 'prob_threshold': (.9, {}), 'fallback': (3, {'prob_threshold': .9999}), 'ret_weight': (1., {}),
     'balance_every': (1, {}), 'balance_rho': (.1, {'balance_every': 1}), 'rho': (.2, {}), 'margin': (3., {}), 'eos_loss_weight': (3., {}),
