@@ -7,8 +7,9 @@ __all__ = ['Rate', 'Phase2Config', 'build_drag', 'save_drag', 'load_drag', 'pred
            'read_set', 'train_phase2', 'draw_phase2', 'plot_balance', 'evaluate_phase2', 'control_answers',
            'named_entities', 'ask', 'diagnose_phase2']
 
-# %% ../nbs/18_phase2.ipynb #94b418df
+# %% ../nbs/18_phase2.ipynb #278bb7ec
 import json, math, sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -198,7 +199,7 @@ def measure_drag(
     model.train(was_training)
     return report | answer_metrics(data, answers, failed) | ends | {'loss': loss, 'n_answered': len(questions)}, answers
 
-# %% ../nbs/18_phase2.ipynb #bd1b24fe
+# %% ../nbs/18_phase2.ipynb #8e1597b2
 def read_set(
     source: str, split: str, encoder: TextEncoder, max_hops: int = 4, *,
     limit: int | None = None, skip_bad: bool = False, label: str = 'reading',
@@ -219,18 +220,19 @@ def _show_samples(data: QuestionSet, answers: Answers, n: int = 2):
         print(f'    {data.packed.questions[q]} → {text or "(nothing)"}   [{gold}]', file=sys.stderr)
 
 def _measure_on(val: QuestionSet, config: Phase2Config, run: Run, bad: int):
-    "What `fit` measures at each evaluation; the first ten answers of each are kept in the run's `samples.jsonl`."
+    "What `fit` measures at each evaluation; the first ten answers of each are kept in the run's `samples.jsonl`, once after a resume, too."
     def measure(model: DRAG) -> dict:
         metrics, answers = measure_drag(model, val, config, config.val_generation_limit, bad)
         _show_samples(val, answers)
         if run.writes:
-            with open(run.folder/'samples.jsonl', 'a', encoding='utf-8') as f:
-                for row in prediction_rows(val, answers)[:10]:
-                    f.write(json.dumps({'passes': int(model.passes), **row}, ensure_ascii=False) + '\n')
+            path, now = run.folder/'samples.jsonl', int(model.passes)
+            before = map(json.loads, path.read_text(encoding='utf-8').splitlines()) if path.exists() else []
+            write_jsonl(path, [*(row for row in before if row['passes'] < now),
+                               *({'passes': now, **row} for row in prediction_rows(val, answers)[:10])])
         return metrics
     return measure
 
-# %% ../nbs/18_phase2.ipynb #dcc86f04
+# %% ../nbs/18_phase2.ipynb #4b848728
 def train_phase2(
     config: Phase2Config, *,
     run: str | None = None,  # its name; None: one made of the date
@@ -264,11 +266,12 @@ def train_phase2(
 def _gated(r: Run, metrics: dict, gate: bool) -> dict:
     "Finish the run, or keep its metrics and fail it where its generations are not healthy."
     failures = eos_gate(metrics)
+    metrics |= {'eos/failures': len(failures)}
     for line in failures: print(f'gate: {line}', file=sys.stderr)
     if failures and gate:
         if r.writes: write_json(r.folder/'metrics.json', metrics)
         raise UnhealthyError('; '.join(failures))
-    return r.finish(metrics | {'eos/failures': len(failures)})
+    return r.finish(metrics)
 
 # %% ../nbs/18_phase2.ipynb #e9fd0682
 def draw_phase2(run: Run, llm: LLM, answers: Answers, max_new_tokens: int) -> list[Path]:
@@ -290,7 +293,7 @@ def plot_balance(log: list[dict], title: str = ''):
     weight.set(xlabel='update', ylabel='w, weight of L_ret', yscale='log')
     return fig
 
-# %% ../nbs/18_phase2.ipynb #4e29ad12
+# %% ../nbs/18_phase2.ipynb #fe455681
 def evaluate_phase2(
     run: str,
     data: str,  # question records: a file, a data set folder or a hub name
@@ -313,9 +316,11 @@ def evaluate_phase2(
 def control_answers(model: DRAG, config: Phase2Config, data: QuestionSet) -> dict[str, list[dict]]:
     "Predictions of the controls: `untuned`, the base language model reading the same facts as text; `retriever`, the best fact's far end."
     everything = list(range(len(data)))
-    base = DRAG(_load_base(config), model.retriever, None, evidence='text', calibration=model.calibration, max_length=config.max_length,
+    llm = _load_base(config) if config.tune == 'full' else model.llm
+    base = DRAG(llm, model.retriever, None, evidence='text', calibration=model.calibration, max_length=config.max_length,
                 **_selection(config))
-    untuned = answer_questions(base, data, everything, max_new_tokens=config.max_new_tokens, progress='untuned')
+    with llm.model.disable_adapter() if config.tune == 'lora' else nullcontext():
+        untuned = answer_questions(base, data, everything, max_new_tokens=config.max_new_tokens, progress='untuned')
     topics = [{data.packed.entities[e] for e, t in zip(data.packed.entity[a:b].tolist(), data.packed.topic[a:b].tolist()) if t}
               for a, b in zip(data.packed.node_ptr[:-1].tolist(), data.packed.node_ptr[1:].tolist())]
     far_end = lambda fact, near: fact[0] if fact[2] in near and fact[0] not in near else fact[2]

@@ -19,11 +19,11 @@ from drag_lib.files import write_json
 from drag_lib.phase2 import Phase2Config, evaluate_phase2, train_phase2
 from drag_lib.runs import load_run, project_folder
 
-READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_rate': 1e-3, 'retriever_rate': 2e-4, 'prob_threshold': .02,
+READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_rate': 1e-3, 'retriever_rate': 5e-5, 'prob_threshold': .02,
           'lora_rank': 32, 'lora_alpha': 64., 'eval_every': None}
 SETS = {  # settings beside READER's
-    'world': {'epochs': 2, 'max_facts_cap': 20, 'max_answers': 16, 'max_new_tokens': 96},
-    'metaqa-3hop': {'epochs': 6, 'max_facts_cap': 30, 'max_answers': 8, 'max_new_tokens': 96},
+    'world': {'epochs': 1, 'max_facts_cap': 20, 'max_answers': 16, 'max_new_tokens': 96},
+    'metaqa-3hop': {'epochs': 5, 'max_facts_cap': 30, 'max_answers': 8, 'max_new_tokens': 96},
     'PQ-2H': {'epochs': 3, 'max_facts_cap': 10, 'max_new_tokens': 48},
     'PQ-3H': {'epochs': 2, 'max_facts_cap': 12, 'max_new_tokens': 48},
 }

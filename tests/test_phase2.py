@@ -94,7 +94,7 @@ def test_the_gate_fails_a_run_that_does_not_stop(home, drag):
     assert (code, out) == (1, ''), err
     one_error(err, 'stop by themselves', 'P(EOS)')
     metrics, manifest = read(home, 'gated', 'metrics.json'), read(home, 'gated', 'manifest.json')
-    assert metrics['eos/stopped'] < .99 and metrics['n'] == 10 and metrics['updates'] == 3
+    assert metrics['eos/failures'] >= 1 and metrics['eos/stopped'] < .99 and metrics['n'] == 10 and metrics['updates'] == 3
     assert manifest['status'] == 'failed' and 'stop by themselves' in manifest['reason']
     seen = json.loads(drag('eval gated --data val.jsonl --json')[1])  # what was trained can be looked at
     assert seen['eos/stopped'] == metrics['eos/stopped']
@@ -154,6 +154,8 @@ def test_killed_twice_ends_in_the_same_weights(home, whole):
         reached = lambda: any(int(p.name.split('-')[1]) >= least for p in places.glob('checkpoint-*'))
         while not reached() and job.process.is_alive() and time.monotonic() < until: time.sleep(.005)
         assert job.process.is_alive() and job.kill(), job.err
+    with open(home/'checkpoints'/'killed'/'samples.jsonl', 'a') as f:  # an evaluation that was reached and then lost
+        f.write(json.dumps({'passes': 10**6, 'id': 'lost'}) + '\n')
     job = Job(home, line)
     assert job.code() == 0 and 'resuming at update' in job.err, job.err
     same_end(home, 'killed', 'whole', ['model.safetensors', 'last.safetensors', 'retriever.safetensors', 'projector.safetensors',
@@ -210,7 +212,7 @@ def test_two_processes_train_as_one(home, at_once):
 
 def test_eval(home, whole, drag):
     code, out, err = drag('eval whole --data val.jsonl --controls --json')
-    assert code == 0, err
+    assert code == 0 and err.count('needs ~') == 1, err  # the language model is loaded once
     got = json.loads(out)
     for control in ('untuned', 'retriever'):
         assert {k.removeprefix(f'{control}/') for k in got if k.startswith(f'{control}/')} >= {'strict/em', 'rog/f1', 'squad/f1'}
