@@ -23,7 +23,7 @@ READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_ra
           'lora_rank': 32, 'lora_alpha': 64., 'eval_every': None}
 SETS = {  # settings beside READER's
     'world': {'epochs': 1, 'max_facts_cap': 20, 'max_answers': 16, 'max_new_tokens': 96},
-    'metaqa-3hop': {'epochs': 5, 'max_facts_cap': 30, 'max_answers': 8, 'max_new_tokens': 96},
+    'metaqa-3hop': {'epochs': 2, 'max_facts_cap': 20, 'max_answers': 8, 'max_new_tokens': 96},
     'PQ-2H': {'epochs': 3, 'max_facts_cap': 10, 'max_new_tokens': 48},
     'PQ-3H': {'epochs': 2, 'max_facts_cap': 12, 'max_new_tokens': 48},
 }
