@@ -10,14 +10,15 @@ added one by one.
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from measure_phase1 import RANKED, SHARED, files, made_by, mean_rows
 from measure_phase1 import train as train_retriever
 
 from drag_lib.files import write_json
-from drag_lib.phase2 import Phase2Config, evaluate_phase2, train_phase2
+from drag_lib.phase2 import Phase2Config, evaluate_phase2, load_drag, measure_drag, read_set, train_phase2
 from drag_lib.runs import load_run, project_folder
+from drag_lib.text_encoder import TextEncoder
 
 READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_rate': 1e-3, 'retriever_rate': 5e-5, 'prob_threshold': .02,
           'lora_rank': 32, 'lora_alpha': 64., 'eval_every': None}
@@ -37,6 +38,7 @@ ROWS = {  # what is changed against the first
     'gate on vectors alone': {'gate_text': False},
     'balanced': {'balance_every': 20},
 }
+DECODED = {'phase 2, constrained': ('phase 2', {'constrain': True})}  # trained as another row, answered in another way
 ANSWERS = [f'{d}/{k}' for d in ('strict', 'rog') for k in ('hits_at_1', 'em', 'f1', 'hit')]
 SHOWN = ['strict/hits_at_1', 'strict/em', 'strict/f1', 'answer_recall@10', 'map', 'fact_precision', 'n_selected', 'eos/stopped',
          'eos/empty', 'eos/pad']
@@ -45,16 +47,25 @@ KEYS = list(dict.fromkeys(ANSWERS + RANKED + SHOWN))
 
 def one(name: str, row: str, seed: int) -> dict:
     "Train and evaluate one row with one seed; the untuned and retriever-only controls come with the first row."
+    row, answered = DECODED.get(row, (row, {}))
     paths = files(name)
     phase1, _ = train_retriever(name, seed)
     settings = READER | SETS[name] | ROWS[row]
     config = Phase2Config(phase1=phase1, train=str(paths['train']), val=str(paths['val']), seed=seed, **settings)
     run = f'phase2-{name}-{row.replace(" ", "-")}-s{seed}'
     train_phase2(config, run=run, resume=True)
-    report = evaluate_phase2(run, str(paths['dev']), controls=row == 'phase 2')
+    if answered: report = decode(run, str(paths['dev']), answered)
+    else: report = evaluate_phase2(run, str(paths['dev']), controls=row == 'phase 2')
     made = load_run(run).manifest
-    told = {k: v for k, v in asdict(config).items() if k not in ('train', 'val', 'seed')}
+    told = {k: v for k, v in asdict(replace(config, **answered)).items() if k not in ('train', 'val', 'seed')}
     return {'seed': seed, 'train_seconds': made['seconds'], 'git': made['git'], 'config': told, 'report': report}
+
+
+def decode(run: str, data: str, changes: dict) -> dict:
+    "Metrics of a trained run whose answers are generated with other settings."
+    model, config, settings = load_drag(run)
+    questions, _ = read_set(data, 'test', TextEncoder(settings['encoder']), settings['max_hops'])
+    return measure_drag(model, questions, replace(config, **changes))[0]
 
 
 def measure(name: str, rows: list[str], seeds: list[int]):
@@ -79,9 +90,9 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('sets', nargs='*', metavar='SET', help=f'some of: {", ".join(SETS)} (default: all)')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--rows', nargs='+', default=list(ROWS)[:5], metavar='NAME', help=f'some of: {", ".join(ROWS)}')
+    parser.add_argument('--rows', nargs='+', default=list(ROWS)[:5], metavar='NAME', help=f'some of: {", ".join([*ROWS, *DECODED])}')
     args = parser.parse_args()
-    for given, known in ((args.sets, SETS), (args.rows, ROWS)):
+    for given, known in ((args.sets, SETS), (args.rows, ROWS | DECODED)):
         if unknown := [x for x in given if x not in known]: sys.exit(f'unknown {unknown[0]!r}: there are {", ".join(known)}')
     for name in args.sets or SETS:
         if name == 'world' or SHARED.exists(): measure(name, args.rows, args.seeds)
