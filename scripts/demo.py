@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import BIN, ROOT  # noqa: E402
 
 WORLD = Path('data/world/kgqa')
-PHASE2 = ('--no-eos-gate --epochs 1 --train-limit 2000 --batch-size 8 --learning-rate 1e-3 --max-facts-cap 20 --prob-threshold 0.02 '
+PHASE2 = ('--constrain --epochs 1 --train-limit 2000 --batch-size 8 --learning-rate 1e-3 --max-facts-cap 20 --prob-threshold 0.02 '
           '--max-new-tokens 96 --val-generation-limit 100')
 ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'MPLBACKEND': 'Agg'}
 BEGAN = time.monotonic()

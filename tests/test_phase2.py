@@ -109,7 +109,7 @@ def test_the_gate_passes_a_run_that_stops(home, drag):
     assert all(set(row['prediction']) <= names for row in rows_of(home/'checkpoints'/'held'/'predictions.jsonl'))
     code, out, err = drag('diagnose held --json')
     assert code == 0 and json.loads(out)['n_failures'] == 0, err
-    assert {p.name for p in (home/'figures'/'held').iterdir()} == {'training.png', 'eos.png'}
+    assert {p.name for p in (home/'figures'/'held').iterdir()} == {'training.png', 'eos.png', 'vectors.png', 'tokens.png', 'tokens.html'}
 
 
 def same_answers(home, run, data='val.jsonl'):
