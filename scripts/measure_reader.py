@@ -18,18 +18,18 @@ KINDS = ('1hop/', '2hop/', '3hop/', 'conjunction/', 'multi/', 'unanswerable/')
 
 
 def main(runs: list[str]):
-    records, rows = read_questions(project_folder()/'data/world/kgqa/test.jsonl.gz'), {}
+    records, path = read_questions(project_folder()/'data/world/kgqa/test.jsonl.gz'), project_folder()/'figures/bench/reader.json'
+    rows = json.loads(path.read_text())['readers'] if path.exists() else {}
     for run in runs:
         folder = reader_folder(run)
         made = json.loads((folder/'manifest.json').read_text())
         llm = load_llm(str(folder), precision='fp32')
         metrics, _ = evaluate_reader(llm, records, progress=run)
         told = {k: made['config'][k] for k in ('variant', 'width', 'n_layers', 'minutes', 'learning_rate', 'seed')}
-        rows[run] = {**told, 'n_parameters': llm.model.num_parameters(), 'made': made, 'metrics': metrics}
+        rows[run] = {**told, 'git': git_state(), 'n_parameters': llm.model.num_parameters(), 'made': made, 'metrics': metrics}
         print(run, {kind: round(metrics[f'{kind}strict/em'], 3) for kind in ('', *KINDS)}, round(metrics['stopped'], 3), flush=True)
-    write_json(project_folder()/'figures/bench/reader.json', {
-        'data': 'world, test questions, gold facts among 10 others', 'n': len(records),
-        'command': f'scripts/measure_reader.py {" ".join(runs)}', 'device': device_name(), 'git': git_state(), 'readers': rows})
+    write_json(path, {'data': 'world, test questions, gold facts among 10 others', 'n': len(records),
+                      'command': f'scripts/measure_reader.py {" ".join(rows)}', 'device': device_name(), 'readers': rows})
 
 
 if __name__ == '__main__':
