@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import BIN, ROOT  # noqa: E402
 
 WORLD = Path('data/world/kgqa')
-PHASE2 = ('--constrain --epochs 1 --train-limit 2000 --batch-size 8 --learning-rate 1e-3 --max-facts-cap 20 --prob-threshold 0.02 '
+PHASE2 = ('--constrain --epochs 1 --train-limit 1500 --batch-size 8 --learning-rate 1e-3 --max-facts-cap 20 --prob-threshold 0.02 '
           '--max-new-tokens 96 --val-generation-limit 100')
 ENV = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'MPLBACKEND': 'Agg'}
 BEGAN = time.monotonic()
@@ -57,7 +57,7 @@ def main():
     out = Path('checkpoints')/run
     step(1, 'the embedded data set: real facts, questions split by entity', 'data', 'world', '--out', 'data/world', '--seed', '0')
     step(2, 'is it sound? duplicates, leakage, coverage', 'data', 'audit', str(WORLD/'train.jsonl.gz'), str(WORLD/'test.jsonl.gz'))
-    settings = {'run': run, 'dim': 256, 'epochs': 4, 'learning_rate': 0.001}
+    settings = {'run': run, 'dim': 256, 'epochs': 3, 'learning_rate': 0.001}
     settings |= {part: WORLD/f'{name}.jsonl.gz' for part, name in (('train', 'train'), ('val', 'dev'), ('test', 'test'))}
     given = [x for name, value in settings.items() for x in ('-p', name, str(value))]
     step(3, 'phase 1: train the retriever through its notebook, measure it on held-out topic entities', 'run', 'drag-phase1', *given)
@@ -65,7 +65,7 @@ def main():
     answers = f'{run}-answers'
     step(4, 'phase 2: retriever, projector and language model together', 'train', 'drag-phase2', '--phase1', run, '--run', answers,
          '--train', str(WORLD/'train.jsonl.gz'), '--val', str(WORLD/'dev.jsonl.gz'), *PHASE2.split())
-    text = step(5, 'evaluate on held-out topic entities', 'eval', answers, '--data', str(WORLD/'test.jsonl.gz'), '--limit', '400',
+    text = step(5, 'evaluate on held-out topic entities', 'eval', answers, '--data', str(WORLD/'test.jsonl.gz'), '--limit', '300',
                 '--controls', '--json', '--predictions', str(out/'answers.jsonl'), capture=True)
     metrics = json.loads(text)
     print('\n' + table(metrics, ['answer_recall@1', 'answer_recall@10', 'path_recall@10', 'map'], {'facts of phase 2': ''}))
