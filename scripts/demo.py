@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`make demo`: build the embedded data set, audit it, train D-RAG's retriever through its notebook, then retriever, projector and language
 model together, evaluate on held-out entities beside the controls, look at how the answers end, and show five questions with their
-answers and the facts they were read from. At most ten minutes on two CPU cores."""
+answers and the facts they were read from. About ten minutes on two CPU cores."""
 import gzip
 import json
 import os
