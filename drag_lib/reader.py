@@ -147,13 +147,13 @@ def _ask_path(rng, facts, say, n_hops, most=MOST_ANSWERS):
         found = ways[last]
     return last and (rng.choice(_BACK if last[1] else _ONWARD).format(r=say(last[0]), h=described), found)
 
-# %% ../nbs/13_reader.ipynb #bb43f35d
+# %% ../nbs/13_reader.ipynb #a1fc474f
 def ask(rng: random.Random, facts: list[Fact], n_hops: int) -> tuple[str, list[str]]:
     "A random question of at most `n_hops` steps, and its answers."
     say = (lambda r: r) if rng.random() < .3 else (lambda r: r.replace('_', ' ').replace('.', ' '))
     x = rng.random()
     if x < .1 and (asked := _ask_missing(rng, facts, say)): return asked
-    if x < .22 and n_hops > 1 and (asked := _ask_both(rng, facts, say)): return asked
+    if x < .28 and n_hops > 1 and (asked := _ask_both(rng, facts, say)): return asked
     n_hops = rng.choice((1, 1, 2, 3)[:n_hops + 1])
     tries = filter(None, (_ask_path(rng, facts, say, n_hops) for _ in range(20)))
     tries = list(islice(tries, 6 if rng.random() < .5 else 1))  # nearly half with several answers, if some attempt has them
@@ -229,25 +229,34 @@ def answer_in_text(answers: list[str], lines: list[str]) -> str:
     place = {a: text.find(a) for a in answers}
     return JOIN.join(sorted(place, key=lambda a: place[a] if place[a] >= 0 else len(text))) or NO_ANSWER
 
-# %% ../nbs/13_reader.ipynb #c9383861
+# %% ../nbs/13_reader.ipynb #48610b86
+def _own_questions(data, rng, level: float) -> tuple[list[QuestionRecord], list[Fact]]:
+    "One to three records with all facts they need and distractors of the first one's subgraph; nothing that is true changes an answer."
+    draw = lambda: rng.choice(data.hard if data.hard and rng.random() < .4 else data.questions)
+    records = [draw() for _ in range(rng.choice((1, 1, 2, 3)) if level > .3 else 1)]
+    n_facts = rng.randint(not records[0].answer, 2 + int(level*(data.max_facts - 2)))
+    needed = [fact for record in records[1:] for path in record.paths for fact in path]
+    facts = list(dict.fromkeys([*gold_and_distractors(rng, records[0], max(1, n_facts - len(needed))), *needed]))
+    if len(records) > 1: rng.shuffle(facts)
+    return records, facts
+
 def _of_record(data, rng, level: float) -> Example:
-    "A record's own question among distractors of its subgraph, then others about the same facts."
-    record = rng.choice(data.lists if data.lists and rng.random() < .25 else data.questions)
-    question, answers = record.question, record.answer
-    facts = gold_and_distractors(rng, record, rng.randint(not answers, 2 + int(level*(data.max_facts - 2))))
-    if answers and rng.random() < .06:  # without its facts it cannot be answered
-        gold = {fact for path in record.paths for fact in path}
-        rest = [fact for fact in facts if fact not in gold]
-        if rest: facts, answers = rest, []
-    if rng.random() < .6:
-        old = list(dict.fromkeys([e for h, _, t in facts for e in (h, t)] + record.q_entity))
-        new = _new_names(rng, data.names, old)
-        changed, = renamed([question], {e: new[e] for e in record.q_entity} if new else {})
-        if new and all(e in question for e in record.q_entity):
-            question, answers = changed, [new.get(a, a) for a in answers]
-            facts = [(new[h], r, new[t]) for h, r, t in facts]
+    "Records' own questions among distractors, then others about the same facts."
+    records, facts = _own_questions(data, rng, level)
+    asked = [(record.question, record.answer, {path[-1] for path in record.paths}) for record in records]
+    if len(records) == 1 and records[0].answer and rng.random() < .12:  # without its facts it cannot be answered
+        gold = {fact for path in records[0].paths for fact in path}
+        if rest := [fact for fact in facts if fact not in gold]: facts, asked = rest, [(records[0].question, [], set())]
+    new, topics = {}, list(dict.fromkeys(e for record in records for e in record.q_entity))
+    if rng.random() < .6 and all(e in record.question for record in records for e in record.q_entity):
+        new = _new_names(rng, data.names, list(dict.fromkeys([e for h, _, t in facts for e in (h, t)] + topics)))
+    called = lambda fact: (new.get(fact[0], fact[0]), fact[1], new.get(fact[2], fact[2]))
+    named = {e: new[e] for record in records for e in record.q_entity} if new else {}
+    own = [(renamed([question], named)[0], answer_text([new.get(a, a) for a in answers], [called(f) for f in facts if f in last]))
+           for question, answers, last in asked]
+    facts = [called(fact) for fact in facts]
     more = data._asked(rng, facts, rng.randint(1, 6), 1 + min(2, int(4*level)))
-    return Example('Facts:', fact_lines(facts), [(question, answer_text(answers, facts)), *more])
+    return Example('Facts:', fact_lines(facts), [*own, *more])
 
 # %% ../nbs/13_reader.ipynb #e3860232
 def _of_reading(data, rng, level: float) -> Example:
@@ -264,7 +273,7 @@ def _of_reading(data, rng, level: float) -> Example:
             (question, *lines), answers = renamed(texts, new), [new[a] for a in answers]
     return Example('Passages:', lines, [(question, answer_in_text(answers, lines))])
 
-# %% ../nbs/13_reader.ipynb #65facd21
+# %% ../nbs/13_reader.ipynb #9a0a1c55
 class ReaderData:
     "Examples by seed: the same seed and level give the same example."
     def __init__(
@@ -273,7 +282,7 @@ class ReaderData:
         max_facts: int = 24,  # facts of an example at level 1, gold facts not counted
     ):
         self.questions = [q for q in questions if q.paths is not None]
-        self.lists = [q for q in self.questions if len(q.answer) > 1]  # asked more often: they take longest to learn
+        self.hard = [q for q in self.questions if len(q.paths) > 1]  # lists and conjunctions, asked more often: they take longest to learn
         self.graphs = [q.graph for q in questions]
         self.readings, self.max_facts = [r for r in readings if r.gold], max_facts
         self.topics = {q.id: q.q_entity for q in questions}
@@ -293,7 +302,7 @@ class ReaderData:
         return Example('Facts:', fact_lines(facts), asked, first)
 
     def _asked(self, rng, facts: list[Fact], n: int, n_hops: int) -> list[tuple[str, str]]:
-        return [(question, answer_text(answers, facts)) for question, answers in (ask(rng, facts, n_hops) for _ in range(n))]
+        return [(question, JOIN.join(answers) or NO_ANSWER) for question, answers in (ask(rng, facts, n_hops) for _ in range(n))]
 
     def _facts(self, rng, n: int) -> list[Fact]:
         if not self.graphs or rng.random() < .7: return random_graph(rng, self.names, n)
@@ -568,12 +577,13 @@ def _scores(rows: list[dict], failed: int = 0) -> dict:
     first = [row | {'prediction': [a for a in split_answers(row['prediction']) if a != NO_ANSWER][:1]} for row in rows]
     return score_predictions(rows, 'strict', failed=failed) | score_predictions(first, 'squad', failed=failed)
 
-# %% ../nbs/13_reader.ipynb #3d84c7d4
+# %% ../nbs/13_reader.ipynb #182235a7
 Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(kw_only=True)
 class ReaderConfig(TrainConfig):
     "Training of reader-tiny: the data, the network, the examples; the loop's settings are `TrainConfig`'s. An item is a packed row."
+    base: str | None = None  # go on from the weights and tokenizer of this reader: a run, 'reader-tiny' or a folder; none: from nothing
     variant: Variant = 'llama'  # llama: attention and MLP; hybrid: Mamba2, attention and MLP (Nemotron-H)
     width: Positive = 256  # of the network
     n_layers: Annotated[int, Field(ge=2)] = 4  # llama: attention + MLP each; hybrid: Mamba2 + attention + MLP each
@@ -634,7 +644,7 @@ def _read_all(config: ReaderConfig, sources: _Sources) -> tuple[ReaderData, list
     answers = Counter(JOIN.join(r.answer) or NO_ANSWER for r in train)
     return data, [val[i*len(val)//n] for i in range(n)], answers.most_common(1)[0][0]
 
-# %% ../nbs/13_reader.ipynb #1797ccbd
+# %% ../nbs/13_reader.ipynb #6c9048f0
 def reader_records(source: str | Path, split: str = 'test') -> tuple[list, list]:
     "(question records, or reading records where it holds none, of a file, data set folder or hub name; the malformed ones as errors)."
     bad, worse = [], []
@@ -666,7 +676,7 @@ def reader_folder(run: str) -> Path:
 
 def install_reader(run: str, where: Path | None = None) -> Path:
     "Copy a run's reader into the library (or to `where`) as reader-tiny, whole or not at all. Returns the folder."
-    folder, where = reader_folder(run), where or Path(str(resources.files('drag_lib')))/'assets'/'reader-tiny'
+    folder, where = reader_folder(run), where or _assets()
     where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=where.parent) as temporary:
         new, old = Path(temporary)/'new', Path(temporary)/'old'
@@ -675,14 +685,30 @@ def install_reader(run: str, where: Path | None = None) -> Path:
         new.rename(where)
     return where
 
-# %% ../nbs/13_reader.ipynb #aa93e5e8
+# %% ../nbs/13_reader.ipynb #04a72833
 def _tokenizer_of(run: Run, data: ReaderData, config: ReaderConfig):
-    "The run's tokenizer, trained where it has none yet."
+    "The run's tokenizer: the base's, or one that is trained; written once."
     from transformers import AutoTokenizer
     folder = run.folder/'tokenizer'
     if not (folder/'tokenizer_config.json').exists():
-        train_tokenizer(data, config.vocab_size, seed=config.seed).save_pretrained(folder)
+        trained = config.base is None
+        (train_tokenizer(data, config.vocab_size, seed=config.seed) if trained else _load_base(config)[0].tokenizer).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+def _load_base(config: ReaderConfig) -> tuple[LLM, dict | None]:
+    "(the base, its manifest if it has one). ValueError where it is of another shape than the config says."
+    folder = project_folder()/'checkpoints'/config.base/'reader'
+    if not folder.exists(): folder = _assets() if config.base == 'reader-tiny' else project_path(config.base)
+    llm = _load_quietly(folder)
+    has, manifest = llm.model.config, folder/'manifest.json'
+    n_layers = has.num_hidden_layers if has.model_type == 'llama' else has.num_hidden_layers//3
+    found = {'variant': 'llama' if has.model_type == 'llama' else 'hybrid', 'width': has.hidden_size, 'n_layers': n_layers,
+             'n_heads': has.num_attention_heads, 'vocab_size': has.vocab_size}
+    wrong = [f'{k} {v}' for k, v in found.items() if getattr(config, k) != v]
+    if wrong: raise ValueError(f'base {config.base}: it has {", ".join(wrong)}; give the same')
+    return llm, json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else None
+
+def _assets() -> Path: return Path(str(resources.files('drag_lib')))/'assets'/'reader-tiny'
 
 def _settle_compile(config: ReaderConfig) -> bool:
     if config.compile == 'no': return False
@@ -704,7 +730,7 @@ def _warm_up(task: ReaderTask, batch: dict, config: ReaderConfig):
     task.last = None
     print(f'compiled in {time.monotonic() - began:.0f} s, outside of the time budget', file=sys.stderr)
 
-# %% ../nbs/13_reader.ipynb #509c1d1a
+# %% ../nbs/13_reader.ipynb #26654d84
 def train_reader(
     config: ReaderConfig, *,
     run: str | None = None,  # its name; None: one made of the date
@@ -718,7 +744,9 @@ def train_reader(
         data, val, majority = _read_all(config, sources)
         tokenizer = _tokenizer_of(r, data, config)
         set_seed(config.seed)
-        lm = build_reader(reader_config(config.variant, len(tokenizer), config.width, config.n_layers, config.n_heads))
+        base, made = _load_base(config) if config.base else (None, None)
+        shape = config.variant, len(tokenizer), config.width, config.n_layers, config.n_heads
+        lm = base.model if base else build_reader(reader_config(*shape))
         llm = from_parts(lm, tokenizer, config.variant)
         compiled = _settle_compile(config)
         task = ReaderTask(lm, n_passes=config.n_rows*config.epochs//micro_batches(config)[0], minutes=config.minutes,
@@ -730,12 +758,12 @@ def train_reader(
         told = fit(task, list(range(config.n_rows)), collate, config, r, measure, 'strict/em', label=config.variant)
         told['n_trained_tokens'] = told['n_trained_items']*config.n_tokens_row
         told |= {'n_questions': (n := len(data.graphs)), 'n_without_paths': n - len(data.questions), 'n_readings': len(data.readings)}
-        metrics = _wind_up(r, lm, tokenizer, val, majority, told, config)
+        metrics = _wind_up(r, lm, tokenizer, val, majority, told, made)
         out = r.finish(metrics | told)
     if config.install: print(f'installed: {install_reader(r.name)}')
     return out
 
-# %% ../nbs/13_reader.ipynb #61bd4484
+# %% ../nbs/13_reader.ipynb #b30e4f54
 def _brief(metrics: dict) -> dict:
     return {k: v for k, v in metrics.items() if k in ('n', 'stopped', *_MAIN[:3]) or k.endswith('/strict/em')}
 
@@ -748,7 +776,7 @@ def _finished(run: str, config: ReaderConfig) -> dict | None:
     if changed: raise RunError(f'run {run!r} is done and cannot go on with another config ({", ".join(changed)}): take another --run')
     return r.metrics
 
-def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, config: ReaderConfig) -> dict:
+def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, base: dict | None) -> dict:
     "Write the model folder, measure what was written."
     if not r.writes: return {}
     folder = r.folder/'reader'
@@ -758,7 +786,8 @@ def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, config: Read
     made['command'] = ['drag', *made['command'][1:]]  # without the path of the program
     made['data'] = {k: v['sha256'] for k, v in r.manifest['data'].items()}
     figures = {k: told[k] for k in ('updates', 'n_trained_tokens', 'minutes_trained', 'n_parameters') if k in told}
-    write_json(folder/'manifest.json', {'run': r.name, 'majority': majority, **made, **figures, 'val': _brief(metrics)})
+    write_json(folder/'manifest.json', {'run': r.name, 'majority': majority, **made, **figures, 'val': _brief(metrics),
+                                         **({'base': base} if base else {})})
     return metrics
 
 # %% ../nbs/13_reader.ipynb #27df2f88
