@@ -106,15 +106,16 @@ def load_weights(model: nn.Module, path: str | Path):
     if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more missing, unknown or of another shape')
     model.load_state_dict(found, strict=False)
 
-# %% ../nbs/07_training.ipynb #cd184f16
+# %% ../nbs/07_training.ipynb #c1625615
 class _Order(torch.utils.data.Sampler):
-    "A new permutation of `n` items each epoch, then `padding` empty places; the epoch is asked for when an iteration begins."
-    def __init__(self, n: int, padding: int, seed: int, epoch: Callable[[], int]):
+    """A new permutation of `n` items each epoch (seed None: their own order), then `padding` empty places; the epoch is asked for when an
+    iteration begins."""
+    def __init__(self, n: int, padding: int, seed: int | None, epoch: Callable[[], int]):
         self.n, self.padding, self.seed, self.epoch = n, padding, seed, epoch
     def __len__(self): return self.n + self.padding
+    def _permutation(self): return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed*100_003 + self.epoch())).tolist()
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed*100_003 + self.epoch())
-        yield from torch.randperm(self.n, generator=generator).tolist()
+        yield from range(self.n) if self.seed is None else self._permutation()
         yield from [self.n]*self.padding
 
 class _Items(torch.utils.data.Dataset):
@@ -130,11 +131,11 @@ def _counted(collate, stand_in):
         return {**collate(real or [stand_in]), 'n_real': len(real)}
     return collated
 
-# %% ../nbs/07_training.ipynb #01c83b18
+# %% ../nbs/07_training.ipynb #e784d8aa
 class GuardedTrainer(Trainer):
     "transformers.Trainer whose loss is a mean over items and stops where it is not finite."
-    def __init__(self, model, args, items: list, collate, **kwargs):
-        self.items, self.share = items, args.per_device_train_batch_size*args.world_size
+    def __init__(self, model, args, items: list, collate, shuffle: bool = True, **kwargs):
+        self.items, self.share, self.shuffle = items, args.per_device_train_batch_size*args.world_size, shuffle
         super().__init__(model, args, train_dataset=_Items(items), eval_dataset=_Items([0]),
                          data_collator=_counted(collate, items[0]), **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is divided by the micro-batches of an update: here, and so everywhere
@@ -143,7 +144,8 @@ class GuardedTrainer(Trainer):
         self.without_gradient = {n for n, p in self.model.named_parameters() if p.requires_grad}
 
     def _get_train_sampler(self, train_dataset=None):
-        return _Order(len(self.items), -len(self.items) % self.share, self.args.seed, lambda: self.state.global_step//self.updates_an_epoch)
+        seed, epoch = self.args.seed if self.shuffle else None, lambda: self.state.global_step//self.updates_an_epoch
+        return _Order(len(self.items), -len(self.items) % self.share, seed, epoch)
 
     def items_of_update(self) -> int:
         "Items behind the update that is being made, over all processes."
@@ -404,10 +406,10 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #34e4f5b2
+# %% ../nbs/07_training.ipynb #e8356045
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
-    items: list,  # the training items; shuffled anew each epoch
+    items: list,  # the training items
     collate: Callable[[list], dict],  # some items -> the model's inputs
     config: TrainConfig,
     run: Run,
@@ -417,6 +419,7 @@ def fit(
     label: str = 'training',
     *,
     learning_rates: dict[str, float] | None = None,  # prefix of parameter names -> peak rate; the others: config.learning_rate
+    shuffle: bool = True,  # anew each epoch; False: the items' own order, as a curriculum needs it
     stage: str = '',  # its name, where the run calls `fit` several times
 ) -> dict:
     "Train, keeping the best weights by `metric` (loaded at the end). Goes on from the stage's last checkpoint if it has one."
@@ -426,7 +429,7 @@ def fit(
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
     folder, budget = run.folder/'training'/stage, Budget(config.minutes)
     trainer = RunTrainer(
-        model, _arguments(config, run, folder, each, accumulate, updates), items, collate,
+        model, _arguments(config, run, folder, each, accumulate, updates), items, collate, shuffle,
         run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, stage=stage,
         learning_rates=learning_rates or {}, muon=config.optimizer == 'muon', budget=budget, callbacks=[Progress(label, metric, budget)])
     if trainer.args.world_size != world_size():
