@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EvidenceKind', 'fact_prompt', 'Chosen', 'choose_facts', 'QuestionSet', 'DRAG', 'Answers', 'answer_questions']
 
-# %% ../nbs/16_generator.ipynb #a077fccf
+# %% ../nbs/16_generator.ipynb #31eef1df
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class QuestionSet:
         name = lambda local: p.entities[int(p.entity[node + local])]
         return [(name(int(p.head[first + f])), p.relations[int(p.rel[first + f])], name(int(p.tail[first + f]))) for f in facts]
 
-# %% ../nbs/16_generator.ipynb #ff534602
+# %% ../nbs/16_generator.ipynb #5a64ad91
 class DRAG(nn.Module):
     "D-RAG: retriever → sampler → projector → language model. forward(data, **Batch fields) → {'loss', 'n_items', 'parts'}."
     def __init__(
@@ -149,7 +150,9 @@ class DRAG(nn.Module):
     def build(self, data: QuestionSet, batch: Batch, out: RetrieverOutput, chosen: Chosen, labelled: bool = True):
         "(the prompts as one batch, with answers where `labelled`; the facts of each that are in it, as names; the answers)."
         prompts, named = self.prompts(data, batch, out, chosen)
-        texts = [answer_text(data.packed.answers_of(q), facts, self.max_answers) for q, facts in zip(batch.question.tolist(), named)]
+        needed = batch.label[chosen.facts].split(chosen.ptr.diff().tolist())
+        reading = [[*compress(facts, is_needed.tolist()), *facts] for facts, is_needed in zip(named, needed)]  # needed ones give the order
+        texts = [answer_text(data.packed.answers_of(q), facts, self.max_answers) for q, facts in zip(batch.question.tolist(), reading)]
         mixed = build_batch(self.llm, prompts, texts if labelled else None,
                             max_length=self.max_length, eos_loss_weight=self.eos_loss_weight)
         return mixed, [facts[:len(facts) - n] for facts, n in zip(named, mixed.n_dropped.tolist())], texts
@@ -161,10 +164,16 @@ class DRAG(nn.Module):
         counts = {'n_facts': chosen.ptr.diff().float().mean(), 'n_dropped': mixed.n_dropped.float().mean()}
         return per_item, {k: v.float().mean() for k, v in parts.items()} | counts
 
-# %% ../nbs/16_generator.ipynb #04adaafe
+# %% ../nbs/16_generator.ipynb #d43a346b
 def _norm(loss: Tensor, parameters: list) -> Tensor:
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.stack([g.norm() for g in grads if g is not None] or [loss.new_zeros(())]).norm()
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x /= torch.distributed.get_world_size()
+    return x
 
 def _forward(self, data: QuestionSet, **inputs):
     batch = Batch(**inputs)
@@ -189,7 +198,7 @@ def _balance(self, gen: Tensor, ret: Tensor) -> dict:
     told = {'ret': ret.detach()}
     if self.balance_every and int(self.passes) % self.balance_every == 0 and gen.requires_grad:
         parameters = [p for p in self.retriever.parameters() if p.requires_grad]
-        of_gen, of_ret = _norm(gen, parameters), _norm(ret, parameters)
+        of_gen, of_ret = _mean_over_processes(torch.stack([_norm(gen, parameters), _norm(ret, parameters)]))
         if of_ret > 0: self.ret_weight.copy_(self.balance_rho*of_gen/of_ret)
         told |= {'grad_gen': of_gen, 'grad_ret': of_ret}
     return told | {'ret_weight': self.ret_weight.clone()}
