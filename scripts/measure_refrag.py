@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Measure REFRAG's orderings on the world's passages and questions, each row over seeds; rows already there are kept.
+
+    .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
+    .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
+    .venv/bin/python scripts/measure_refrag.py --help                the rows and the settings
+
+Writes figures/bench/refrag.json. Runs are kept in checkpoints/measure-refrag-…: what was interrupted goes on where it was.
+"""
+import argparse
+import json
+import sys
+import time
+
+from drag_lib.files import write_json
+from drag_lib.refrag.train import RefragConfig, evaluate_refrag, train_refrag
+from drag_lib.runs import device_name, git_state, load_run, project_folder
+
+WORLD = 'data/world/reading/{}.jsonl.gz'
+ROWS = {'curriculum': 'reconstruction with the curriculum, shuffled, and without, at equal updates',
+        'start': 'CPT from reconstruction and from a new encoder, at equal updates',
+        'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
+        'questions': 'F1 of REFRAG-k after instruction tuning and of the reader on full text, 4 passages',
+        'policy': 'questions at equal rate: policy, perplexity, similarity, random'}
+
+
+class Measurement:
+    """One seed and one k; every stage is a run, trained once."""
+    def __init__(self, args, seed: int, k: int):
+        self.args, self.seed, self.k, self.name = args, seed, k, f'{args.name}-s{seed}'
+        self.common = dict(texts=args.texts, questions=WORLD.format('train'), seed=seed, n_context=args.n_context, n_next=args.n_next,
+                           batch_size=args.batch_size, val_rows=64, log_every=10, learning_rate=args.learning_rate)
+
+    def train(self, name: str, stage: str, start: str | None = None, **changes) -> str:
+        name = f'{self.name}-{name}' + ('' if stage == 'pretrain' else f'-k{self.k}')
+        began = time.monotonic()
+        updates = self.args.updates
+        settings = self.common | dict(k=8 if stage == 'pretrain' else self.k, updates=updates, eval_every=max(updates//6, 1))
+        train_refrag(RefragConfig(**settings | changes, stage=stage, start=start), run=name, resume=True)
+        print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
+        return name
+
+    def decoder(self):  # more slowly, or it forgets how to copy
+        return self.train('decoder', 'pretrain', learning_rate=self.args.learning_rate/4)
+
+    def reconstruct(self, order='stages'): return self.train(f'rec-{order}', 'reconstruct', self.decoder(), order=order)
+    def cpt(self, start=True): return self.train('cpt' if start else 'cpt-new', 'cpt', self.reconstruct() if start else self.decoder())
+
+    def reader_encoder(self):  # of the reader as it comes, which knows how to answer
+        return self.train('reader-rec', 'reconstruct', updates=self.args.question_updates, eval_every=self.args.question_updates)
+
+    def instruct(self):
+        return self.train('instruct', 'instruct', self.reader_encoder(), epochs=self.args.question_epochs, batch_size=16, eval_every=None,
+                          learning_rate=self.args.learning_rate/4, encoder_rate=self.args.learning_rate/2)
+
+    def policy(self):
+        return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
+                          eval_every=max(self.args.policy_updates//4, 1), learning_rate=3e-4)
+
+    def measure(self, row: str) -> dict:
+        if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'shuffled', 'longest')}
+        if row == 'start': return {name: self.figures(self.cpt(start)) for name, start in (('reconstruct', True), ('new encoder', False))}
+        if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
+        if row == 'questions': return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True)
+        return evaluate_refrag(self.policy(), WORLD.format('test'), limit=self.args.limit, controls=True)
+
+    def figures(self, run: str) -> dict:
+        r = load_run(run)
+        curve = [[line['step'], line['val/loss']] for line in r.read_log() if 'val/loss' in line]
+        return {'loss': r.metrics['loss'], 'updates': r.metrics['updates'], 'seconds': r.manifest['seconds'], 'curve': curve}
+
+
+def main(args):
+    path = project_folder()/'figures/bench/refrag.json'
+    found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
+    settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
+    for row in args.rows or ROWS:
+        for k in args.ks if row == 'text' else args.ks[:1]:
+            for seed in args.seeds:
+                key = f'{row} k={k} seed={seed}'
+                if found['rows'].get(key, {}).get('settings') == settings: continue
+                metrics = Measurement(args, seed, k).measure(row)
+                found['rows'][key] = {'about': ROWS[row], 'settings': settings, 'git': git_state(), 'metrics': metrics}
+                write_json(path, found | {'data': 'world reading passages and questions', 'device': device_name()})
+                print(key, json.dumps({m: round(v, 4) for m, v in metrics.items() if isinstance(v, float)} or metrics)[:600], flush=True)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__ + '\nRows:\n' + '\n'.join(f'  {k:<11} {v}' for k, v in ROWS.items()),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('rows', nargs='*', metavar='ROW', help='rows to measure; none: all')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--ks', nargs='+', type=int, default=[8, 16, 32], help='tokens of a chunk: all for the row text, else the first')
+    parser.add_argument('--name', default='measure-refrag', help='of the runs; another one for other settings')
+    parser.add_argument('--texts', nargs='+', default=[WORLD.format('train')])
+    parser.add_argument('--n-context', type=int, default=64)
+    parser.add_argument('--n-next', type=int, default=32)
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--updates', type=int, default=300, help='of pretrain, reconstruct and cpt')
+    parser.add_argument('--question-updates', type=int, default=600, help='of the encoder for the questions')
+    parser.add_argument('--question-epochs', type=int, default=4)
+    parser.add_argument('--policy-updates', type=int, default=60)
+    parser.add_argument('--expand', type=float, default=.1)
+    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser.add_argument('--limit', type=int, default=200, help='rows of text, and questions')
+    args = parser.parse_args()
+    if unknown := set(args.rows) - ROWS.keys(): parser.error(f'no row {min(unknown)!r}: {", ".join(ROWS)}')
+    main(args)
