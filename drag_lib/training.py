@@ -113,7 +113,9 @@ class _Order(torch.utils.data.Sampler):
     def __init__(self, n: int, padding: int, seed: int | None, epoch: Callable[[], int]):
         self.n, self.padding, self.seed, self.epoch = n, padding, seed, epoch
     def __len__(self): return self.n + self.padding
-    def _permutation(self): return torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed*100_003 + self.epoch())).tolist()
+    def _permutation(self):
+        generator = torch.Generator().manual_seed(self.seed*100_003 + self.epoch())
+        return torch.randperm(self.n, generator=generator).tolist()
     def __iter__(self):
         yield from range(self.n) if self.seed is None else self._permutation()
         yield from [self.n]*self.padding
