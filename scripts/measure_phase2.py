@@ -78,12 +78,18 @@ def measure(name: str, rows: list[str], seeds: list[int]):
             if seed in [r['seed'] for r in done]: continue
             done.append(one(name, row, seed))
             print(name, row, seed, {k: round(done[-1]['report'][k], 3) for k in SHOWN}, flush=True)
-            summary = {r: mean_rows([s['report'] for s in found], KEYS) for r, found in kept.items() if found}
-            for control in ('untuned', 'retriever'):
-                found = [{k.removeprefix(f'{control}/'): v for k, v in s['report'].items()} for s in kept.get('phase 2', [])]
-                of = [{k: report[k] for k in ANSWERS if k in report} for report in found]
-                if of: summary[control] = mean_rows(of, KEYS)
-            write_json(path, {'set': name, **made_by(name, script='scripts/measure_phase2.py'), 'summary': summary, 'seeds': kept})
+            write(path, name, kept)
+    write(path, name, kept)
+
+
+def write(path, name: str, kept: dict):
+    "Means and intervals of all rows over their seeds, and the reports."
+    summary = {r: mean_rows([s['report'] for s in found], KEYS) for r, found in kept.items() if found}
+    for control in ('untuned', 'retriever'):
+        found = [{k.removeprefix(f'{control}/'): v for k, v in s['report'].items()} for s in kept.get('phase 2', [])]
+        of = [{k: report[k] for k in ANSWERS if k in report} for report in found]
+        if of: summary[control] = mean_rows(of, KEYS)
+    write_json(path, {'set': name, **made_by(name, script='scripts/measure_phase2.py'), 'summary': summary, 'seeds': kept})
 
 
 if __name__ == '__main__':
