@@ -14,7 +14,7 @@ help: ## this list
 setup: ## make .venv from requirements.lock; does nothing when it is up to date (PYTHON=..., TORCH_INDEX=...)
 	@scripts/setup_env.sh
 
-demo: setup ## build the data set, train D-RAG's retriever, evaluate it, answer five questions (about 10 minutes on 2 cores)
+demo: setup ## build the data set, train D-RAG's retriever, evaluate it, answer five questions (about 6 minutes on 2 cores, the environment included)
 	@$(PY) -u scripts/demo.py
 
 test: setup ## everything that must hold: notebooks, drift, runs, command line, lint (ONLY=name: those steps alone)
