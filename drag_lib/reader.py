@@ -30,7 +30,7 @@ from .llm import LLM, from_parts, load_llm
 from .metrics import score_predictions, split_answers
 from .prompts import ANSWER_HEADER, INSTRUCTION, JOIN, NO_ANSWER, Evidence, Prompt, answer_text, build_batch, generate, tokenize
 from .records import QuestionRecord, ReadingRecord, read_questions, read_reading
-from .runs import Run, RunError, load_run, project_folder, project_path, start_run
+from .runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from .training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
 # %% ../nbs/13_reader.ipynb #5f14096a
@@ -738,7 +738,7 @@ def train_reader(
 ) -> dict:
     "Train a reader as a run; returns its flat metrics on the validation questions, of the weights rounded to bf16."
     sources = _sources(config)
-    if resume and run and (done := _finished(run, config)): return done
+    if resume and run and (done := finished_run(run, asdict(config))): return done.metrics
     files = {role: path for role, path in sources._asdict().items() if path}
     with start_run(run, asdict(config), method='reader', data=files, seed=config.seed, resume=resume) as r:
         data, val, majority = _read_all(config, sources)
@@ -766,15 +766,6 @@ def train_reader(
 # %% ../nbs/13_reader.ipynb #b30e4f54
 def _brief(metrics: dict) -> dict:
     return {k: v for k, v in metrics.items() if k in ('n', 'stopped', *_MAIN[:3]) or k.endswith('/strict/em')}
-
-def _finished(run: str, config: ReaderConfig) -> dict | None:
-    "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
-    try: r = load_run(run)
-    except RunError: return None
-    if r.manifest.get('status') != 'done': return None
-    changed = sorted(k for k, v in asdict(config).items() if r.manifest['config'].get(k) != v)
-    if changed: raise RunError(f'run {run!r} is done and cannot go on with another config ({", ".join(changed)}): take another --run')
-    return r.metrics
 
 def _wind_up(r: Run, lm, tokenizer, val, majority: str, told: dict, base: dict | None) -> dict:
     "Write the model folder, measure what was written."

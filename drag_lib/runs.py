@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['project_folder', 'project_path', 'RunError', 'UsageError', 'closest', 'check_value', 'kind_name', 'package_versions',
            'git_state', 'device_name', 'peak_memory', 'flat', 'Run', 'default_name', 'start_run', 'load_run',
-           'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters', 'notebook_values',
-           'run_notebook']
+           'finished_run', 'list_runs', 'compare_runs', 'list_notebooks', 'find_notebook', 'notebook_parameters',
+           'notebook_values', 'run_notebook']
 
 # %% ../nbs/06_runs.ipynb #8dac142f
 import ast, difflib, fcntl, json, math, os, platform, resource, shlex, shutil, subprocess, sys, time, types, typing
@@ -363,6 +363,15 @@ def load_run(name: str) -> Run:
     manifest = _read_json(folder/'manifest.json')
     if not manifest: raise RunError(f'no run {name!r} in {folder.parent}: {closest(name, _run_names())}')
     return Run(name, folder, project_folder()/'figures'/name, manifest)
+
+def finished_run(name: str, config: dict) -> Run | None:
+    "A run that is done, so that there is nothing to resume; else None. RunError where it was trained with another config."
+    try: run = load_run(name)
+    except RunError: return None
+    if run.manifest.get('status') != 'done': return None
+    changed = sorted(k for k, v in config.items() if run.manifest['config'].get(k) != v)
+    if changed: raise RunError(f'run {name!r} is done and cannot go on with another config ({", ".join(changed)}): take another --run')
+    return run
 
 def _run_names() -> list[str]:
     return sorted(p.parent.name for p in (project_folder()/'checkpoints').glob('*/manifest.json'))

@@ -32,9 +32,9 @@ from ..metrics import bootstrap_interval, score_predictions, split_answers
 from ..plots import plot_training, save_figure
 from ..projector import ordinary_ids
 from ..prompts import NO_ANSWER, Evidence, Generations, Prompt, build_batch, generate, last_logits, tokenize
-from ..reader import _finished, _item_of
+from ..reader import _item_of
 from ..records import ReadingRecord, read_reading
-from ..runs import Run, closest, project_folder, project_path, start_run
+from ..runs import Run, closest, finished_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, trained_weights
 from ..vectors import nearest_tokens
 
@@ -400,7 +400,7 @@ def train_compressor(
     "Train a compressor as a run; its flat metrics on the validation records. Each stage's result is a folder of the run."
     _check(config)
     sources = sources_of(config)
-    if resume and run and (done := _finished(run, config)): return done
+    if resume and run and (done := finished_run(run, asdict(config))): return done.metrics
     files = {role: project_path(source) for role, source in sources.items() if project_path(source).exists()}
     with start_run(run, asdict(config), method='compressor', data=files, seed=config.seed, resume=resume) as r:
         shared = dict(n_passages=config.n_passages, seed=config.seed, skip_bad=config.skip_bad)

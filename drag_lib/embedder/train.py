@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from .data import Pair, mine_negatives, pairs_dataset, read_pairs, split_pairs
 from .losses import EmbedderLoss, LossConfig
 from .model import HEAD, embedder, freeze, routes, split
-from ..runs import Run, RunError, load_run, project_path, start_run
+from ..runs import Run, RunError, finished_run, load_run, project_path, start_run
 from ..text_encoder import TextEncoder
 from ..training import (Budget, Positive, Progress, RunTrainer, TrainConfig, TrainingError, _arguments, _wind_up, checkpoints,
                                first_bad_tensor, load_weights, micro_batches, out_of_patience, world_size)
@@ -208,7 +208,7 @@ def train_embedder(
     resume: bool = False,  # go on with the run of this name
 ) -> dict:
     "Train an embedder as a run; returns its flat metrics on the validation pairs, `base/…` those of the untrained model."
-    if resume and run and (done := _finished(run, config)): return done
+    if resume and run and (done := finished_run(run, asdict(config))): return done.metrics
     with start_run(run, asdict(config), method='embedder', data=_files(config), seed=config.seed, resume=resume) as r:
         train, val, counts = training_pairs(config)
         set_seed(config.seed)
@@ -237,15 +237,6 @@ def verdict_on(name: str, value: float, base: float) -> str:
     "The first line of a report: whether a model is above its untrained base."
     where = 'above' if value > base else 'equal to' if value == base else 'BELOW'
     return f'{where} its untrained base: {name} {value:.4f} against {base:.4f}'
-
-def _finished(run: str, config: EmbedderConfig) -> dict | None:
-    "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
-    try: r = load_run(run)
-    except RunError: return None
-    if r.manifest.get('status') != 'done': return None
-    changed = sorted(k for k, v in asdict(config).items() if r.manifest['config'].get(k) != v)
-    if changed: raise RunError(f'run {run!r} is done and cannot go on with another config ({", ".join(changed)}): take another --run')
-    return r.metrics
 
 def load_embedder(run: str, device: str | None = None) -> SentenceTransformer:
     "The model of a finished run. RunError where there is none."

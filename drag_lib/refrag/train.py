@@ -36,7 +36,7 @@ from .encoder import ChunkEncoder, load_encoder
 from .model import Chunks, MixedPrompt, Refrag, cut, expand, n_chunks, passages_prompt
 from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo_loss, n_expanded,
                                     perplexity_scores, position_scores, random_scores, similarity_scores)
-from ..runs import Run, RunError, load_run, project_folder, project_path, start_run
+from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
 # %% ../../nbs/45_refrag.ipynb #700a15c5
@@ -487,7 +487,7 @@ def train_refrag(
     resume: bool = False,  # go on with the run of this name
 ) -> dict:
     "Train one stage as a run; its flat metrics on what was held out."
-    if resume and run and (done := _finished(run, config)): return done
+    if resume and run and (done := finished_run(run, asdict(config))): return done.metrics
     data = {f'texts {i}': project_path(source) for i, source in enumerate(config.texts)}
     if config.questions: data['questions'] = project_path(config.questions)
     if config.start: _state_of(config.start); data['start'] = load_run(config.start).folder/_STATE
@@ -506,15 +506,6 @@ def train_refrag(
         return r.finish(metrics)
 
 # %% ../../nbs/45_refrag.ipynb #5a3344cf
-def _finished(run: str, config: RefragConfig) -> dict | None:
-    "Metrics of a run that is done: there is nothing to resume. RunError where it was trained with another config."
-    try: r = load_run(run)
-    except RunError: return None
-    if r.manifest.get('status') != 'done': return None
-    changed = sorted(k for k, v in asdict(config).items() if r.manifest['config'].get(k) != v)
-    if changed: raise RunError(f'run {run!r} is done and cannot go on with another config ({", ".join(changed)}): take another --run')
-    return r.metrics
-
 def plot_stage(log: list[dict], title: str = ''):
     "A stage's loss by update with that on held-out rows, and what else was measured there."
     fig = plot_training(log, ('first', 'last'), ('accuracy', 'squad/f1', 'exact_numbers', 'exact_names'), title)
