@@ -37,6 +37,8 @@ ROWS = {  # what is changed against the first
     'score function': {'estimator': 'score_function'},
     'gate on vectors alone': {'gate_text': False},
     'balanced': {'balance_every': 20},
+    'slow retriever': {'retriever_rate': 1e-5},
+    'retrieval weight 1': {'ret_weight': 1.},
 }
 DECODED = {'phase 2, constrained': ('phase 2', {'constrain': True})}  # trained as another row, answered in another way
 ANSWERS = [f'{d}/{k}' for d in ('strict', 'rog') for k in ('hits_at_1', 'em', 'f1', 'hit')]
