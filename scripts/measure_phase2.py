@@ -20,7 +20,7 @@ from drag_lib.phase2 import Phase2Config, evaluate_phase2, load_drag, measure_dr
 from drag_lib.runs import load_run, project_folder
 from drag_lib.text_encoder import TextEncoder
 
-READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_rate': 1e-3, 'retriever_rate': 5e-5, 'prob_threshold': .02,
+READER = {'llm': 'reader-tiny', 'eos_gate': False, 'batch_size': 8, 'learning_rate': 1e-3, 'retriever_rate': 1e-5, 'prob_threshold': .02,
           'lora_rank': 32, 'lora_alpha': 64., 'eval_every': None}
 SETS = {  # settings beside READER's
     'world': {'epochs': 1, 'max_facts_cap': 20, 'max_answers': 16, 'max_new_tokens': 96},
@@ -37,7 +37,9 @@ ROWS = {  # what is changed against the first
     'score function': {'estimator': 'score_function'},
     'gate on vectors alone': {'gate_text': False},
     'balanced': {'balance_every': 20},
-    'slow retriever': {'retriever_rate': 1e-5},
+    'faster retriever': {'retriever_rate': 5e-5},
+    'whole labels': {'supervise': 'all'},
+    'faster, whole labels': {'retriever_rate': 5e-5, 'supervise': 'all'},
     'retrieval weight 1': {'ret_weight': 1.},
 }
 DECODED = {'phase 2, constrained': ('phase 2', {'constrain': True})}  # trained as another row, answered in another way
