@@ -1398,6 +1398,7 @@ d = { 'settings': { 'branch': 'main',
                                 'drag_lib.world._with_kinds': ('world.html#_with_kinds', 'drag_lib/world.py'),
                                 'drag_lib.world._write_files': ('world.html#_write_files', 'drag_lib/world.py'),
                                 'drag_lib.world.build_world': ('world.html#build_world', 'drag_lib/world.py'),
+                                'drag_lib.world.retold_texts': ('world.html#retold_texts', 'drag_lib/world.py'),
                                 'drag_lib.world.world_coverage': ('world.html#world_coverage', 'drag_lib/world.py'),
                                 'drag_lib.world.world_facts': ('world.html#world_facts', 'drag_lib/world.py'),
                                 'drag_lib.world.write_world': ('world.html#write_world', 'drag_lib/world.py')}}}
