@@ -49,7 +49,7 @@ class TinyEncoder(nn.Module):
         if pooling == 'cls': return h[:, 0]@self.mix[-1]
         return torch.einsum('nld,ldw->nw', h[:, 1:]*real[..., None], self.mix[:ids.shape[1]])/real.sum(1, keepdim=True)**.5
 
-# %% ../../nbs/42_encoder.ipynb #768ab016
+# %% ../../nbs/42_encoder.ipynb #b571eb8e
 class ChunkEncoder(nn.Module):
     "Token chunks -> one vector each of the LLM's width, as long as its token embeddings. In fp32, whatever the LLM's precision."
     def __init__(
@@ -58,6 +58,7 @@ class ChunkEncoder(nn.Module):
         *, pooling: Literal['mean', 'cls'] = 'mean',  # of the encoder's outputs ('tiny': 'mean' keeps the order)
         normalize: bool = False,  # features to length 1; the projector takes their length off in any case
         hidden: int | None = None,  # of the projector; None: the LLM's width
+        residual: bool | None = None,  # to the projected vector add the mean of the chunk's token embeddings; None: for 'tiny' alone
         max_tokens: int = 32,  # 'tiny': of a chunk, at most
         seed: int = 0,
         _folder: Path | None = None,  # of `save`: a pretrained encoder's configuration, in place of its weights
@@ -65,8 +66,9 @@ class ChunkEncoder(nn.Module):
         super().__init__()
         _check_options(encoder, pooling, normalize, max_tokens)
         self.llm, self.pooling, self.normalize = llm, pooling, normalize
-        self.settings = {'encoder': encoder, 'pooling': pooling, 'normalize': normalize, 'hidden': hidden, 'max_tokens': max_tokens,
-                         'seed': seed, 'llm_width': llm.width}
+        self.residual = encoder == 'tiny' if residual is None else residual and encoder != 'identity'
+        self.settings = {'encoder': encoder, 'pooling': pooling, 'normalize': normalize, 'hidden': hidden, 'residual': self.residual,
+                         'max_tokens': max_tokens, 'seed': seed, 'llm_width': llm.width}
         self.n_cut = self.n_broken = 0  # chunks that did not fit in the encoder's window; with a letter broken in two
         self.encoder = self.tokenizer = self.projector = None
         with torch.random.fork_rng(devices=[]):
@@ -78,26 +80,32 @@ class ChunkEncoder(nn.Module):
             else: self.encoder, self.tokenizer, self.width = _pretrained(encoder, _folder)
             if self.encoder is not None:
                 self.projector = Projector(self.width, llm.width, hidden).match(embedding_norms(llm).cpu())
+        if self.residual: self.share = nn.Parameter(torch.tensor(.3))  # of the projected vector against the mean of embeddings
         self.to(llm.device)
 
     def features(
         self, chunks: list[list[int]],  # of the LLM's token ids, none of them empty
-    ) -> Tensor:  # [n, width]
+    ) -> Tensor:  # [n, width]; with `residual` [n, width + llm width]
         "The encoder's vectors of the chunks, from one pass over all of them. ValueError for an empty or too long chunk."
         if not all(chunks): raise ValueError(f'chunk {[len(c) for c in chunks].index(0)} is empty: give it at least one token')
-        if not chunks: return torch.zeros(0, self.width, device=self.llm.device)
+        if not chunks: return torch.zeros(0, self.width + self.residual*self.llm.width, device=self.llm.device)
         found = (self._of_text if self.tokenizer else self._of_ids)(chunks)
-        return F.normalize(found, dim=-1) if self.normalize else found
+        if self.normalize: found = F.normalize(found, dim=-1)
+        return torch.cat([found, self._mean_embedding(*self._padded(chunks))], 1) if self.residual else found
 
-    def project(self, features: Tensor) -> Tensor:  # [n, width] -> [n, llm width]
+    def project(self, features: Tensor) -> Tensor:  # [n, width], as of `features` -> [n, llm width]
         "What the LLM takes for the encoder's vectors."
-        return features if self.projector is None else self.projector(features)
+        if self.projector is None: return features
+        projected = self.projector(features[:, :self.width])
+        if not self.residual: return projected
+        length = projected.norm(dim=-1, keepdim=True)
+        return length*F.normalize(self.share*projected/length + F.normalize(features[:, self.width:], dim=-1), dim=-1)
 
     def forward(self, chunks: list[list[int]]) -> Tensor:  # [n, llm width]
         "What the LLM takes for the chunks."
         return self.project(self.features(chunks))
 
-# %% ../../nbs/42_encoder.ipynb #27c3a0f8
+# %% ../../nbs/42_encoder.ipynb #5150f4c9
 def _check_options(encoder, pooling, normalize, max_tokens):
     if pooling not in ('mean', 'cls'): raise ValueError(f"pooling {pooling!r}: give 'mean' or 'cls'")
     if max_tokens < 1: raise ValueError(f'max_tokens = {max_tokens}: a chunk holds 1 token or more')
@@ -125,9 +133,12 @@ def _padded(self: ChunkEncoder, chunks) -> tuple[Tensor, Tensor]:
     pad = lambda rows: nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.llm.device)
     return pad(rows), pad([torch.ones_like(row, dtype=torch.bool) for row in rows])
 
+def _mean_embedding(self: ChunkEncoder, ids: Tensor, real: Tensor) -> Tensor:
+    return (self.llm.embed(ids)*real[..., None]).sum(1).float()/real.sum(1, keepdim=True)
+
 def _of_ids(self: ChunkEncoder, chunks) -> Tensor:
     ids, real = self._padded(chunks)
-    if self.encoder is None: return (self.llm.embed(ids)*real[..., None]).sum(1)/real.sum(1, keepdim=True)
+    if self.encoder is None: return self._mean_embedding(ids, real)
     if ids.shape[1] > self.encoder.max_tokens:
         raise ValueError(f'a chunk of {ids.shape[1]} tokens, the encoder takes {self.encoder.max_tokens}: give ChunkEncoder max_tokens')
     return self.encoder(ids, real, self.pooling)
@@ -151,16 +162,17 @@ def _of_text(self: ChunkEncoder, chunks) -> Tensor:
     weights = read.attention_mask[..., None].to(states)
     return (states*weights).sum(1)/weights.sum(1)
 
-ChunkEncoder._padded, ChunkEncoder._of_ids, ChunkEncoder._window, ChunkEncoder._of_text = _padded, _of_ids, _window, _of_text
+for function in (_padded, _mean_embedding, _of_ids, _window, _of_text): setattr(ChunkEncoder, function.__name__, function)
 
-# %% ../../nbs/42_encoder.ipynb #9774ebd1
+# %% ../../nbs/42_encoder.ipynb #62e2ac4a
 def _parts(self: ChunkEncoder) -> dict[str, nn.Module | str]:
     "All that the vectors depend on, for `fingerprint` and `VectorStore(path, encoder, encoder.parts())`."
-    how = {name: self.settings[name] for name in ('encoder', 'pooling', 'normalize')}
+    how = {name: self.settings[name] for name in ('encoder', 'pooling', 'normalize', 'residual')}
     vocabulary = sorted(self.llm.tokenizer.get_vocab().items())
     named = {'settings': json.dumps(how), 'vocabulary': text_sha256(json.dumps(vocabulary))}
-    if self.encoder is None: return named | {'embeddings': self.llm.model.get_input_embeddings()}
-    return named | {'encoder': self.encoder, 'projector': self.projector}
+    if self.encoder is not None: named |= {'encoder': self.encoder, 'projector': self.projector}
+    if self.residual: named['share'] = repr(self.share.item())
+    return named if self.encoder is not None and not self.residual else named | {'embeddings': self.llm.model.get_input_embeddings()}
 
 def _key(self: ChunkEncoder) -> str:
     "Hex SHA-256 of all that the vectors depend on: weights, pooling, and the tokens' spelling."

@@ -9,7 +9,7 @@ __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_pas
            'answer_questions', 'split_texts', 'split_questions', 'train_refrag', 'plot_stage', 'context_prompts',
            'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
 
-# %% ../../nbs/45_refrag.ipynb #9fc0626e
+# %% ../../nbs/45_refrag.ipynb #59314759
 import gzip, json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #700a15c5
+# %% ../../nbs/45_refrag.ipynb #a816bb2b
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -52,6 +52,7 @@ class RefragConfig(TrainConfig):
     encoder: str | None = None  # of chunks, where `start` brings none: identity, tiny, minilm, hub name or folder; none: tiny
     pooling: Literal['mean', 'cls'] = 'mean'  # of a new encoder
     normalize: bool = False  # vectors of a new encoder to length 1
+    residual: bool | None = None  # a new encoder's vectors beside the mean of the tokens' embeddings; none: for tiny alone
     projector_hidden: Positive | None = None  # of a new encoder; none: the decoder's width
     trainable: Literal['auto', 'all', 'lora', 'frozen'] = 'auto'  # the decoder; auto: frozen to reconstruct, else all
     lora_rank: Positive = 16
@@ -179,7 +180,7 @@ def answer_ids(llm: LLM, answers: list[str]) -> list[list[int]]:
     "Target ids of answers: a space, the answer, EOS."
     return [ids + [llm.eos_id] for ids in tokenize(llm.tokenizer, [f' {answer}' for answer in answers])]
 
-# %% ../../nbs/45_refrag.ipynb #594f2b81
+# %% ../../nbs/45_refrag.ipynb #5366a2b5
 _STATE = 'refrag.json'
 
 def _state_of(run: str) -> dict:
@@ -212,9 +213,9 @@ def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
     if config.stage != 'pretrain':
         encoder = load_encoder(load_run(state['encoder']).folder/'encoder', llm) if state['encoder'] else ChunkEncoder(
             llm, config.encoder or 'tiny', pooling=config.pooling, normalize=config.normalize, hidden=config.projector_hidden,
-            max_tokens=config.k, seed=config.seed)
+            residual=config.residual, max_tokens=config.k, seed=config.seed)
         for name, p in encoder.named_parameters():
-            p.requires_grad_(config.stage != 'policy' and (config.train_encoder or 'projector' in name))
+            p.requires_grad_(config.stage != 'policy' and (config.train_encoder or not name.startswith('encoder.')))
     return Refrag(llm, encoder, config.k), state
 
 # %% ../../nbs/45_refrag.ipynb #877a8895
@@ -480,7 +481,7 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
         return {'loss': (now := loss('policy')), 'reward': -now, 'random/loss': loss('random')}
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
 
-# %% ../../nbs/45_refrag.ipynb #cb8931eb
+# %% ../../nbs/45_refrag.ipynb #552f4449
 def train_refrag(
     config: RefragConfig, *,
     run: str | None = None,  # its name; None: one made of the date
@@ -505,7 +506,7 @@ def train_refrag(
             save_figure(plot_stage(r.read_log(), config.stage), r.figures/'training.png', close=True)
         return r.finish(metrics)
 
-# %% ../../nbs/45_refrag.ipynb #5a3344cf
+# %% ../../nbs/45_refrag.ipynb #0fd09d50
 def plot_stage(log: list[dict], title: str = ''):
     "A stage's loss by update with that on held-out rows, and what else was measured there."
     fig = plot_training(log, ('first', 'last'), ('accuracy', 'squad/f1', 'exact_numbers', 'exact_names'), title)

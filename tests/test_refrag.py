@@ -1,0 +1,139 @@
+"REFRAG from the command line: every stage from the one before, killed and resumed; every option and its mistakes."
+import json
+import random
+import time
+import typing
+
+import pytest
+from common import Job, log_of, one_error, read, same_end, write
+
+NAMES = ('Niamey', 'Lagos', 'Tartu', 'Bergen', 'Kyoto', 'Salta')
+SMALL = {'texts': 'text.jsonl', 'questions': 'train.jsonl', 'k': 4, 'n-context': 16, 'n-next': 6, 'updates': 12, 'batch-size': 2,
+         'val-rows': 3, 'eval-every': 4, 'log-every': 1, 'n-passages': 2, 'max-new-tokens': 3, 'learning-rate': .01}
+
+
+def train(stage, words='', **changed):
+    given = SMALL | {'stage': stage} | {k.replace('_', '-'): v for k, v in changed.items()}
+    return f'train refrag {words} --json ' + ' '.join(f'--{k} {v}' for k, v in given.items())
+
+
+def record(rng, i):
+    "Three passages, the second of which holds the answer."
+    said = [f'{rng.choice(NAMES)} {n} has {rng.randint(2, 999)} houses.' for n in range(3)]
+    return {'id': f'r{i}', 'question': f'How many houses has {said[1].split(" has")[0]}?', 'context': said, 'answers': [said[1].split()[3]],
+            'gold': [1]}
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory):
+    from drag_lib.llm import tiny_llm
+    home, rng = tmp_path_factory.mktemp('home'), random.Random(0)
+    write(home/'text.jsonl', [{'text': ' '.join(rng.choices(NAMES, k=30))} for _ in range(8)])
+    write(home/'other.jsonl', [{'text': ' '.join(rng.choices(NAMES[:2], k=30))} for _ in range(8)])
+    write(home/'train.jsonl', [record(rng, i) for i in range(20)])
+    write(home/'others.jsonl', [record(rng, i) for i in range(40, 60)])
+    write(home/'bad.jsonl', [record(rng, 60), record(rng, 61) | {'context': []}])
+    llm = tiny_llm('llama', hidden_size=32, intermediate_size=64)
+    llm.model.save_pretrained(home/'llama')
+    llm.tokenizer.save_pretrained(home/'llama')
+    return home
+
+
+@pytest.fixture(scope='session')
+def whole(home):
+    "An uninterrupted reconstruction in a process of its own: its metrics."
+    job = Job(home, train('reconstruct', run='whole', llm='llama'))
+    assert job.code() == 0, job.err
+    return json.loads(job.out)
+
+
+def test_training(home, whole):
+    assert whole == read(home, 'whole', 'metrics.json') and not any(isinstance(v, dict | list) for v in whole.values())
+    assert (whole['updates'], whole['without_gradient'], whole['n_texts']) == (12, 0, 8)
+    log = log_of(home, 'whole')
+    assert [row['step'] for row in log if 'val/loss' in row] == [4, 8, 12]
+    assert all({'first', 'last', 'accuracy'} <= row.keys() for row in log if 'loss' in row)
+    assert (home/'figures'/'whole'/'training.png').exists()
+
+
+def test_killed_ends_in_the_same_weights(home, whole):
+    line, folder = train('reconstruct', '--resume', run='killed', llm='llama'), home/'checkpoints'/'killed'/'training'
+    job, until = Job(home, line), time.monotonic() + 200
+    while not [*folder.glob('**/checkpoint-*')] and job.process.is_alive() and time.monotonic() < until: time.sleep(.005)
+    assert job.process.is_alive() and job.kill(), job.err
+    job = Job(home, line)
+    assert job.code() == 0, job.err
+    same_end(home, 'killed', 'whole', ['model.safetensors', 'last.safetensors', 'encoder/chunk_encoder.safetensors'])
+    assert read(home, 'killed', 'manifest.json')['resumes'] == 1
+
+
+def test_the_stages_after_it(home, whole, drag):
+    for stage, start, changed in (('cpt', 'whole', {}), ('instruct', 'cpt', {}), ('policy', 'instruct', {'expand': .3, 'updates': 2})):
+        code, out, err = drag(train(stage, run=stage, start=start, **changed))
+        assert code == 0, err
+    code, out, err = drag('eval cpt --data other.jsonl --controls --json')
+    assert code == 0, err
+    found = json.loads(out)
+    assert found['rate'] > 2 and {'full/perplexity', 'last/perplexity', 'none/perplexity'} <= found.keys()
+    code, out, err = drag('eval policy --data others.jsonl --controls --predictions said.jsonl --json')
+    assert code == 0, err
+    assert {'full/squad/f1', 'vectors/squad/f1', 'expand_random/squad/f1', 'expand_perplexity/squad/f1'} <= json.loads(out).keys()
+    assert len((home/'said.jsonl').read_text().splitlines()) == 20
+    code, out, err = drag('eval policy --data bad.jsonl --json')
+    assert code == 1 and out == ''
+    one_error(err, 'bad.jsonl:2', 'context')
+    code, out, err = drag('diagnose whole --json')
+    assert 'vectors.png' in {p.name for p in (home/'figures'/'whole').iterdir()}, err
+
+
+CHANGES = {'reconstruct': {
+               'encoder': 'minilm', 'pooling': 'cls', 'normalize': True, 'residual': False, 'projector_hidden': 8, 'trainable': 'all',
+               'encoder_rate': 1e-4, 'k': 8, 'n_context': 32, 'order': 'shuffled', 'texts': 'other.jsonl', 'val_share': .5, 'val_rows': 1,
+               'updates': 5, 'train_encoder': False, 'seed': 1},
+           'cpt': {'n_next': 3, 'expand': .5, 'trainable': 'lora'},
+           'instruct': {'questions': 'others.jsonl', 'n_questions': 9, 'n_passages': 1, 'question_first': False, 'max_length': 120,
+                        'max_new_tokens': 1},
+           'policy': {'expand': .5, 'policy_hidden': 16, 'policy_question': False, 'group': 2, 'passes': 1, 'clip': .001}}
+SHARED = {'instruct': {'updates': 3}, 'policy': {'start': 'whole', 'expand': .3, 'updates': 4, 'learning_rate': .05}}
+PAIRS = {'lora_rank': (2, {'trainable': 'lora'}), 'lora_alpha': (2, {'trainable': 'lora'})}
+ELSEWHERE = {'stage', 'start', 'llm', 'gradient_checkpointing'}  # the other tests; the last changes memory and time alone
+
+
+def test_every_option_changes_something(home, whole, monkeypatch):
+    from dataclasses import fields
+    from drag_lib.refrag.train import RefragConfig, train_refrag
+    from drag_lib.runs import check_value
+    from drag_lib.training import TrainConfig
+    kinds = typing.get_type_hints(RefragConfig, include_extras=True)
+    monkeypatch.setenv('DRAG_HOME', str(home))
+    monkeypatch.chdir(home)
+
+    def traces(name, stage, **changed):
+        given = {k.replace('-', '_'): v for k, v in SMALL.items()} | {'updates': 4, 'eval_every': None, 'llm': 'llama'} | changed
+        if 'start' in given: del given['llm']
+        config = RefragConfig(stage=stage, **{k: check_value(k, v if v is None else str(v), kinds[k]) for k, v in given.items()})
+        return train_refrag(config, run=name), [row for row in log_of(home, name) if 'loss' in row]
+
+    without_effect = []
+    for stage, changes in CHANGES.items():
+        shared = SHARED.get(stage, {})
+        plain = traces(f'{stage}-plain', stage, **shared)
+        assert traces(f'{stage}-again', stage, **shared) == plain
+        without_effect += [name for name, value in changes.items() if traces(f'{stage}-{name}', stage, **shared | {name: value}) == plain]
+    for name, (value, shared) in PAIRS.items():
+        if traces(f'{name}-a', 'cpt', **shared) == traces(f'{name}-b', 'cpt', **shared | {name: value}): without_effect.append(name)
+    assert without_effect == []
+    own = {f.name for f in fields(RefragConfig)} - {f.name for f in fields(TrainConfig)}
+    assert own - {name for changes in (*CHANGES.values(), PAIRS) for name in changes} == ELSEWHERE
+
+
+def test_mistakes(home, whole, drag):
+    for words, parts in ((train('reconstruct', run='x', llm='nowhere'), ('nowhere',)), (train('cpt', run='x', start='nobody'), ('nobody',)),
+                         (train('reconstruct', run='x', llm='llama', n_context=24), ('n_context = 24', 'curriculum')),
+                         (train('policy', run='x', llm='llama'), ('give start',)), (train('cpt', run='x', start='whole', k=8), ('k = 4',)),
+                         (train('cpt', run='x', llm='llama', texts='no.jsonl'), ('no.jsonl',)),
+                         (train('cpt', run='x', llm='llama', precision='fp16'), ('precision', 'fp16')),
+                         (train('pretrain', run='x', llm='llama', n_context=9999), ('none of them',))):
+        code, out, err = drag(words)
+        assert code and out == '', words
+        one_error(err, *parts)
