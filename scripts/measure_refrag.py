@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Measure REFRAG's orderings on the world's passages and questions, each row over seeds; rows already there are kept.
+"""Measure REFRAG's orderings on texts and questions of the world, each row over seeds; rows already there are kept.
+
+The texts tell of four things and then of the same four again, in other words and another order (`retold_texts`): what comes later can be
+read off what came before, so it matters what of a context is kept. No thing is in two texts.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -12,11 +15,12 @@ import json
 import sys
 import time
 
-from drag_lib.files import write_json
+from drag_lib.files import write_json, write_jsonl
 from drag_lib.refrag.train import RefragConfig, evaluate_refrag, train_refrag
 from drag_lib.runs import device_name, git_state, load_run, project_folder
+from drag_lib.world import retold_texts
 
-WORLD = 'data/world/reading/{}.jsonl.gz'
+WORLD, RETOLD = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz'
 ROWS = {'curriculum': 'reconstruction with the curriculum, shuffled, and without, at equal updates',
         'start': 'CPT from reconstruction and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
@@ -29,33 +33,31 @@ class Measurement:
     def __init__(self, args, seed: int, k: int):
         self.args, self.seed, self.k, self.name = args, seed, k, f'{args.name}-s{seed}'
         self.common = dict(texts=args.texts, questions=WORLD.format('train'), seed=seed, n_context=args.n_context, n_next=args.n_next,
-                           batch_size=args.batch_size, val_rows=64, log_every=10, learning_rate=args.learning_rate)
+                           batch_size=args.batch_size, val_rows=64, log_every=10, optimizer='muon', learning_rate=args.learning_rate,
+                           encoder_rate=args.encoder_rate)
 
     def train(self, name: str, stage: str, start: str | None = None, **changes) -> str:
         name = f'{self.name}-{name}' + ('' if stage == 'pretrain' else f'-k{self.k}')
         began = time.monotonic()
-        updates = self.args.updates
-        settings = self.common | dict(k=8 if stage == 'pretrain' else self.k, updates=updates, eval_every=max(updates//6, 1))
+        updates = vars(self.args).get(f'{stage}_updates', 1)  # instruct counts epochs
+        settings = self.common | dict(k=8 if stage == 'pretrain' else self.k, updates=updates, eval_every=max(updates//5, 1))
         train_refrag(RefragConfig(**settings | changes, stage=stage, start=start), run=name, resume=True)
         print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
         return name
 
-    def decoder(self):  # more slowly, or it forgets how to copy
-        return self.train('decoder', 'pretrain', learning_rate=self.args.learning_rate/4)
-
+    def decoder(self): return self.train('decoder', 'pretrain')
     def reconstruct(self, order='stages'): return self.train(f'rec-{order}', 'reconstruct', self.decoder(), order=order)
     def cpt(self, start=True): return self.train('cpt' if start else 'cpt-new', 'cpt', self.reconstruct() if start else self.decoder())
 
     def reader_encoder(self):  # of the reader as it comes, which knows how to answer
-        return self.train('reader-rec', 'reconstruct', updates=self.args.question_updates, eval_every=self.args.question_updates)
+        return self.train('reader-rec', 'reconstruct', n_context=64, updates=self.args.question_updates, eval_every=self.args.question_updates)
 
     def instruct(self):
-        return self.train('instruct', 'instruct', self.reader_encoder(), epochs=self.args.question_epochs, batch_size=16, eval_every=None,
-                          learning_rate=self.args.learning_rate/4, encoder_rate=self.args.learning_rate/2)
+        return self.train('instruct', 'instruct', self.reader_encoder(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
 
     def policy(self):
         return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
-                          eval_every=max(self.args.policy_updates//4, 1), learning_rate=3e-4)
+                          eval_every=max(self.args.policy_updates//4, 1), optimizer='adamw', learning_rate=3e-4)
 
     def measure(self, row: str) -> dict:
         if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'shuffled', 'longest')}
@@ -73,6 +75,8 @@ class Measurement:
 def main(args):
     path = project_folder()/'figures/bench/refrag.json'
     found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
+    if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
+        write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
     settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
     for row in args.rows or ROWS:
         for k in args.ks if row == 'text' else args.ks[:1]:
@@ -81,7 +85,7 @@ def main(args):
                 if found['rows'].get(key, {}).get('settings') == settings: continue
                 metrics = Measurement(args, seed, k).measure(row)
                 found['rows'][key] = {'about': ROWS[row], 'settings': settings, 'git': git_state(), 'metrics': metrics}
-                write_json(path, found | {'data': 'world reading passages and questions', 'device': device_name()})
+                write_json(path, found | {'data': 'world: texts of things told twice; reading questions', 'device': device_name()})
                 print(key, json.dumps({m: round(v, 4) for m, v in metrics.items() if isinstance(v, float)} or metrics)[:600], flush=True)
 
 
@@ -92,16 +96,19 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--ks', nargs='+', type=int, default=[8, 16, 32], help='tokens of a chunk: all for the row text, else the first')
     parser.add_argument('--name', default='measure-refrag', help='of the runs; another one for other settings')
-    parser.add_argument('--texts', nargs='+', default=[WORLD.format('train')])
-    parser.add_argument('--n-context', type=int, default=64)
+    parser.add_argument('--texts', nargs='+', default=[RETOLD])
+    parser.add_argument('--n-context', type=int, default=128)
     parser.add_argument('--n-next', type=int, default=32)
-    parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--updates', type=int, default=300, help='of pretrain, reconstruct and cpt')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--pretrain-updates', type=int, default=200)
+    parser.add_argument('--reconstruct-updates', type=int, default=200)
+    parser.add_argument('--cpt-updates', type=int, default=500)
     parser.add_argument('--question-updates', type=int, default=600, help='of the encoder for the questions')
     parser.add_argument('--question-epochs', type=int, default=4)
     parser.add_argument('--policy-updates', type=int, default=60)
     parser.add_argument('--expand', type=float, default=.1)
-    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
+    parser.add_argument('--encoder-rate', type=float, default=3e-3)
     parser.add_argument('--limit', type=int, default=200, help='rows of text, and questions')
     args = parser.parse_args()
     if unknown := set(args.rows) - ROWS.keys(): parser.error(f'no row {min(unknown)!r}: {", ".join(ROWS)}')
