@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['synthetic_questions', 'add_random_vectors', 'training_step', 'looped_step', 'assert_same_step', 'bench_retriever',
-           'bench_packing', 'bench_decode']
+           'record_result', 'bench_packing', 'peak_gb', 'bench_decode']
 
 # %% ../nbs/90_bench.ipynb #1b6c195e
 import itertools, json, os, random, string, subprocess, sys, tempfile, time
@@ -111,10 +111,10 @@ def bench_retriever(
             key = name.lower().replace('-', '')
             result |= {f'{key}/data': source, f'{key}/facts_per_question': len(packed.head)/len(packed)}
             for dim in dims: result |= {f'{key}/dim{dim}/{k}': v for k, v in _alternate(packed, relations, dim, batch_size, steps).items()}
-        return _signed('drag bench retriever', result, out)
+        return record_result('drag bench retriever', result, out)
     finally: torch.set_num_threads(before)
 
-def _signed(command: str, result: dict, out: str | None) -> dict:
+def record_result(command: str, result: dict, out: str | None) -> dict:
     "The figures with the machine, the command and the commit that made them; written to `out` where one is given."
     from drag_lib.files import write_json
     from drag_lib.runs import device_name, git_state
@@ -178,13 +178,13 @@ def bench_packing(
         if done.returncode: raise RuntimeError(f'packing in a fresh process ended with exit code {done.returncode}')
         result = {'n_questions': n_questions, 'facts_per_question': facts, 'file_mb': file.stat().st_size/1e6, 'question_vectors': 'random',
                   'threads': threads, 'batch_size': batch_size, 'dim': dim, **json.loads(done.stdout.splitlines()[-1])}
-        return _signed('drag bench packing', result, out)
+        return record_result('drag bench packing', result, out)
 
 def _pack_and_train(file: str, updates: int, batch_size: int, dim: int) -> dict:
     from drag_lib.records import iter_questions
     began = time.perf_counter()
     packed = pack_questions(iter_questions(file))
-    result = {'pack/seconds': time.perf_counter() - began, 'pack/peak_gb': _peak_gb(), 'n_facts': len(packed.head)}
+    result = {'pack/seconds': time.perf_counter() - began, 'pack/peak_gb': peak_gb(), 'n_facts': len(packed.head)}
     add_random_vectors(packed)
     relations = torch.randn(len(packed.relations), packed.tokens.shape[1])
     model = Retriever(dim=dim).train()
@@ -192,9 +192,9 @@ def _pack_and_train(file: str, updates: int, batch_size: int, dim: int) -> dict:
     order = itertools.cycle(torch.randperm(len(packed)).split(batch_size))
     for questions in itertools.islice(order, updates): losses.append(training_step(model, optimizer, packed, questions, relations))
     return result | {'train/updates': len(losses), 'train/ms_per_update': 1000*(time.perf_counter() - began)/max(len(losses), 1),
-                     'train/first_loss': losses[0], 'train/last_loss': losses[-1], 'train/peak_gb': _peak_gb()}
+                     'train/first_loss': losses[0], 'train/last_loss': losses[-1], 'train/peak_gb': peak_gb()}
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     "This process's largest resident set, in GB. (`ru_maxrss` would begin with its parent's on Linux.)"
     try: return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])*1024/1e9
     except OSError:
@@ -222,7 +222,7 @@ def bench_decode(
             if name not in _DECODERS: raise ValueError(f'no family {name!r}: one of {", ".join(_DECODERS)}')
             timed = _decode_both_ways(name, prompt_tokens, new_tokens, batch_size, repeats)
             result |= {f'{name}/{k}': v for k, v in timed.items()}
-        return _signed('drag bench decode', result, out)
+        return record_result('drag bench decode', result, out)
     finally: torch.set_num_threads(before)
 
 def _decode_both_ways(family, prompt_tokens, new_tokens, batch_size, repeats) -> dict:

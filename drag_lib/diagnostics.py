@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .llm import LLM
-from .plots import BLUE, GREEN, GREY, ORANGE, _axes
+from .plots import BLUE, GREEN, GREY, ORANGE, axes_row
 from .prompts import Generations, PromptBatch, base_model, last_logits, tokenize
 
 # %% ../nbs/17_diagnostics.ipynb #b4aded89
@@ -217,7 +217,7 @@ def plot_eos(
     title: str = '', most: int = 10,
 ):
     "P(EOS) over training, lengths against gold, and how generations ended at each validation and at last."
-    fig, (p, lengths, ends) = _axes(3, 3.6)
+    fig, (p, lengths, ends) = axes_row(3, 3.6)
     plot_p_eos(p, log); plot_lengths(lengths, table, max_new_tokens)
     rows = [row for row in log if 'val/eos/stopped' in row]
     rows = rows[::-(-len(rows)//most) or 1]

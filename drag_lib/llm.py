@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GIB', 'LORA_TARGETS', 'LLM', 'mend', 'from_parts', 'byte_tokenizer', 'tiny_llm', 'fault_matrix', 'Preset',
-           'lora_groups', 'memory_needed', 'memory_left', 'check_memory', 'add_lora', 'trainable_table', 'save_adapter',
-           'load_adapter', 'load_llm']
+           'meta_model', 'lora_groups', 'memory_needed', 'memory_left', 'check_memory', 'add_lora', 'trainable_table',
+           'save_adapter', 'load_adapter', 'find_model', 'read_pretrained', 'load_llm']
 
 # %% ../nbs/11_llm.ipynb #8582ee9c
 import inspect, os, re, tempfile, types
@@ -247,7 +247,8 @@ PRESETS = {
 # %% ../nbs/11_llm.ipynb #a3240039
 GIB = 2**30
 
-def _meta_model(config, trust_remote_code: bool = False):
+def meta_model(config, trust_remote_code: bool = False):
+    "The causal LM of a configuration without its weights (on the meta device): shapes and counts, no memory."
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     with init_empty_weights(include_buffers=True): return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -327,7 +328,7 @@ def memory_needed(
     rank: int = 16, targets: tuple[str, ...] = LORA_TARGETS, gradient_checkpointing: bool = False, trust_remote_code: bool = False,
 ) -> dict[str, float]:
     "GiB by part, and their 'total'. Exact but for 'activations', which were within a quarter of the truth where that was measured."
-    model, size = _meta_model(config, trust_remote_code), {'bf16': 2, 'fp32': 4}[precision]
+    model, size = meta_model(config, trust_remote_code), {'bf16': 2, 'fp32': 4}[precision]
     parts = {'weights': _weight_bytes(model, size, quantize)}
     modules, parameters = _lora_names(model, targets) if training else ([], [])
     kept, largest = _activation_bytes(model, size, batch_size*n_tokens, set(modules), gradient_checkpointing)
@@ -451,7 +452,7 @@ def _quantization(quantize: str | None, precision: str):
 _dtypes = {'bf16': torch.bfloat16, 'fp32': torch.float32}
 
 # %% ../nbs/11_llm.ipynb #b489ce43
-def _find(name: str) -> str:
+def find_model(name: str) -> str:
     "The folder or hub id that a name stands for. FileNotFoundError where it can only be a folder, and there is none."
     where = PRESETS[name].where if name in PRESETS else name
     if Path(where).expanduser().is_dir():
@@ -462,7 +463,7 @@ def _find(name: str) -> str:
         raise FileNotFoundError(f'no model {name!r}: a folder, a hub id (owner/name), or a preset: {", ".join(PRESETS)}')
     return where
 
-def _read(kind, where: str, name: str, **kwargs):
+def read_pretrained(kind, where: str, name: str, **kwargs):
     "`kind.from_pretrained(where)`, with what goes wrong as one line."
     from huggingface_hub import is_offline_mode
     try: return kind.from_pretrained(where, **kwargs)
@@ -487,15 +488,15 @@ def load_llm(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError('torch sees no GPU: device="cpu"')
-    precision, where = _settle_precision(precision, device), _find(name)
+    precision, where = _settle_precision(precision, device), find_model(name)
     quantization = _quantization(quantize, precision)
-    config = _read(AutoConfig, where, name, trust_remote_code=trust_remote_code)
+    config = read_pretrained(AutoConfig, where, name, trust_remote_code=trust_remote_code)
     needed = memory_needed(config, precision=precision, quantize=quantize, trust_remote_code=trust_remote_code)
     print(check_memory(needed, name, device, force))
-    model = _read(AutoModelForCausalLM, where, name, config=config, trust_remote_code=trust_remote_code, dtype=_dtypes[precision],
+    model = read_pretrained(AutoModelForCausalLM, where, name, config=config, trust_remote_code=trust_remote_code, dtype=_dtypes[precision],
                   use_safetensors=True, quantization_config=quantization,
                   device_map=None if device.type == 'cpu' and quantize is None else {'': device})
-    tokenizer = _read(AutoTokenizer, where, name, trust_remote_code=trust_remote_code)
+    tokenizer = read_pretrained(AutoTokenizer, where, name, trust_remote_code=trust_remote_code)
     if gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     llm = from_parts(model, tokenizer, name)
     print(llm)

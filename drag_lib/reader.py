@@ -6,8 +6,9 @@
 __all__ = ['Fact', 'MOST_ANSWERS', 'SPECIAL', 'Variant', 'Share', 'Example', 'read_prompt', 'fact_lines', 'pieces_of',
            'english_words', 'Names', 'step', 'ask', 'random_graph', 'renamed', 'gold_and_distractors', 'sentences',
            'answer_in_text', 'ReaderData', 'train_tokenizer', 'encode', 'Row', 'make_row', 'pack', 'reader_config',
-           'build_reader', 'copying', 'packed_loss', 'compiler_works', 'ReaderTask', 'evaluate_reader', 'ReaderConfig',
-           'reader_records', 'save_reader', 'reader_folder', 'install_reader', 'train_reader', 'evaluate_reader_run']
+           'build_reader', 'copying', 'packed_loss', 'compiler_works', 'ReaderTask', 'reading_item', 'evaluate_reader',
+           'ReaderConfig', 'reader_records', 'save_reader', 'reader_folder', 'install_reader', 'train_reader',
+           'evaluate_reader_run']
 
 # %% ../nbs/13_reader.ipynb #dc6a3ac6
 import json, random, re, shutil, sys, tempfile, time
@@ -522,7 +523,7 @@ class ReaderTask(nn.Module):
         self.last = now
 
 # %% ../nbs/13_reader.ipynb #fde79280
-def _item_of(record: QuestionRecord | ReadingRecord, n_distractors: int, n_passages: int, seed: int):
+def reading_item(record: QuestionRecord | ReadingRecord, n_distractors: int, n_passages: int, seed: int):
     "(prompt, answers, names in the evidence) of a record: gold facts among distractors, or gold passages among others."
     rng = random.Random(f'{seed} {record.id}')
     if isinstance(record, QuestionRecord):
@@ -549,7 +550,7 @@ def evaluate_reader(
     of generations that end by themselves; `empty`. ValueError where there are no records, or one has no paths."""
     from tqdm import tqdm
     if not records: raise ValueError('there are no records to read')
-    items = [_item_of(record, n_distractors, n_passages, seed) for record in records]
+    items = [reading_item(record, n_distractors, n_passages, seed) for record in records]
     said, stopped = [''] * len(items), 0
     order = sorted(range(len(items)), key=lambda i: sum(len(line[0]) for line in items[i][0][1:-1]))  # of like length, to pad little
     for at in tqdm(range(0, len(order), batch_size), progress, unit='batch', disable=progress is None):

@@ -6,7 +6,7 @@
 __all__ = ['Positive', 'TrainConfig', 'world_size', 'micro_batches', 'TrainingError', 'first_bad_tensor', 'trained_weights',
            'save_weights', 'load_weights', 'GuardedTrainer', 'parameter_groups', 'hidden_matrices', 'MuonAdamW',
            'Budget', 'ScheduledTrainer', 'weights_file', 'RunTrainer', 'out_of_patience', 'checkpoints', 'clock',
-           'Progress', 'fit']
+           'Progress', 'fit', 'trainer_arguments', 'wind_up']
 
 # %% ../nbs/07_training.ipynb #f497b34a
 import json, math, os, shutil, sys, time
@@ -431,7 +431,7 @@ def fit(
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
     folder, budget = run.folder/'training'/stage, Budget(config.minutes)
     trainer = RunTrainer(
-        model, _arguments(config, run, folder, each, accumulate, updates), items, collate, shuffle,
+        model, trainer_arguments(config, run, folder, each, accumulate, updates), items, collate, shuffle,
         run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, stage=stage,
         learning_rates=learning_rates or {}, muon=config.optimizer == 'muon', budget=budget, callbacks=[Progress(label, metric, budget)])
     if trainer.args.world_size != world_size():
@@ -445,9 +445,10 @@ def fit(
     ended = out_of_patience(trainer.state, config.patience) or budget.used >= 1
     if last and ended: load_weights(model, last/'model.safetensors')
     else: trainer.train(resume_from_checkpoint=last and str(last))
-    return _wind_up(trainer, model, run, updates)
+    return wind_up(trainer, model, run, updates)
 
-def _arguments(config, run, folder, each, accumulate, updates):
+def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, accumulate: int, updates: int):
+    "The loop's settings as transformers' TrainingArguments: `each` items a device and micro-batch, `accumulate` of them an update."
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     when = 'epoch' if config.eval_every is None else 'steps'
     if config.track == 'tensorboard': os.environ['TENSORBOARD_LOGGING_DIR'] = str(run.folder/'tensorboard')
@@ -460,7 +461,7 @@ def _arguments(config, run, folder, each, accumulate, updates):
         logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track,
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=False)
 
-def _wind_up(trainer, model, run, updates):
+def wind_up(trainer, model, run, updates):
     "Check that training was real, keep the weights, say what happened."
     n_items, silent = trainer.all_items(), sorted(trainer.without_gradient)
     if not n_items: raise TrainingError(f'every item was skipped in all {trainer.state.global_step} updates: nothing was trained')

@@ -19,7 +19,7 @@ from torch import Tensor
 from .diagnostics import eos_gate
 from .files import write_text
 from .llm import LLM
-from .plots import BLUE, GREEN, GREY, ORANGE, _axes, save_figure
+from .plots import BLUE, GREEN, GREY, ORANGE, axes_row, save_figure
 from .projector import ordinary_ids
 
 # %% ../nbs/18_vectors.ipynb #b316d1e6
@@ -354,7 +354,7 @@ def plot_vectors(measured: VectorMeasures, title: str = ''):
     "Norms, their ratio by position and by token frequency (where the originals are known), spectra. ValueError where no vector is usable."
     _check_usable(measured)
     table, known = measured.table, 'count' in measured.table
-    fig, axes = _axes(3 + known, 3.4, 2.9)
+    fig, axes = axes_row(3 + known, 3.4, 2.9)
     _norm_histogram(axes[0], measured)
     _ratio_bins(axes[1], vector_bins(table), 'position in the prompt (tokens)')
     if known:
@@ -414,7 +414,7 @@ def plot_tokens(measured: VectorMeasures, title: str = ''):
     "Cosines, the rank of the own token and exact tokens by frequency (where the originals are known), the most frequent decoded tokens."
     _check_usable(measured)
     table, r, known = measured.table, measured.report, 'rank' in measured.table
-    fig, axes = _axes(2 + 2*known, 3.4, 2.9)
+    fig, axes = axes_row(2 + 2*known, 3.4, 2.9)
     _cosines(axes[0], table[table['usable']])
     if known:
         _ranks(axes[1], table, f'exact {r["vectors/exact"]:.1%}, top-5 {r["vectors/top5"]:.1%}')

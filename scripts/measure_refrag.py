@@ -50,7 +50,8 @@ class Measurement:
     def cpt(self, start=True): return self.train('cpt' if start else 'cpt-new', 'cpt', self.reconstruct() if start else self.decoder())
 
     def reader_encoder(self):  # of the reader as it comes, which knows how to answer
-        return self.train('reader-rec', 'reconstruct', n_context=64, updates=self.args.question_updates, eval_every=self.args.question_updates)
+        updates = self.args.question_updates
+        return self.train('reader-rec', 'reconstruct', n_context=64, updates=updates, eval_every=updates)
 
     def instruct(self):
         return self.train('instruct', 'instruct', self.reader_encoder(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)

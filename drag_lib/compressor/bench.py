@@ -13,7 +13,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from ..bench import _peak_gb, _signed
+from ..bench import peak_gb, record_result
 from .pca import PCA
 from ..vectors import nearest_tokens
 
@@ -36,27 +36,27 @@ def vector_stream(n: int, width: int, block: int = 4096, seed: int = 0) -> Itera
         yield (torch.randn(min(block, n - start), width, generator=g)*scale)@directions + mean
 
 def _pca_ours(n: int, width: int, k: int, block: int, path: str) -> dict:
-    pca, seconds, before = PCA(k), 0., _peak_gb()
+    pca, seconds, before = PCA(k), 0., peak_gb()
     for x in vector_stream(n, width, block):
         began = time.perf_counter()
         pca.partial_fit(x)
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     pca.save(path)
-    return {'seconds': seconds + time.perf_counter() - began, 'peak_gb': _peak_gb() - before}
+    return {'seconds': seconds + time.perf_counter() - began, 'peak_gb': peak_gb() - before}
 
 def _pca_sklearn(n: int, width: int, k: int, block: int, path: str) -> dict:
     from safetensors.torch import save_file
     from sklearn.decomposition import PCA as FullPCA
-    before = _peak_gb()
+    before = peak_gb()
     x = torch.empty(n, width)
     for i, rows in enumerate(vector_stream(n, width, block)): x[i*block:i*block + len(rows)] = rows
-    data, began = _peak_gb() - before, time.perf_counter()
+    data, began = peak_gb() - before, time.perf_counter()
     fitted = FullPCA(k, svd_solver='full').fit(x.numpy())
     seconds = time.perf_counter() - began
     explained = torch.tensor(float(fitted.explained_variance_ratio_.sum()))
     save_file({'components': torch.from_numpy(fitted.components_).contiguous(), 'explained': explained}, path)
-    return {'seconds': seconds, 'peak_gb': _peak_gb() - before, 'data_gb': data}
+    return {'seconds': seconds, 'peak_gb': peak_gb() - before, 'data_gb': data}
 
 # %% ../../nbs/34_compressor_bench.ipynb #2490e444
 def bench_pca(
@@ -74,7 +74,7 @@ def bench_pca(
             told = _in_own_process(f'_pca_{name}', n, width, k, block, str(Path(folder)/name), threads=threads)
             result |= {f'{name}/{key}': value for key, value in told.items()}
         ours, theirs = PCA.load(Path(folder)/'ours'), load_file(Path(folder)/'sklearn')
-    return _signed('drag bench pca', result | _compared(ours, theirs['components'], theirs['explained'].item()), out)
+    return record_result('drag bench pca', result | _compared(ours, theirs['components'], theirs['explained'].item()), out)
 
 def _compared(ours: PCA, components: Tensor, explained: float) -> dict:
     "The sine of the largest principal angle is what one basis has outside of the other's span; exact for small angles too."
@@ -86,7 +86,7 @@ def _compared(ours: PCA, components: Tensor, explained: float) -> dict:
 
 # %% ../../nbs/34_compressor_bench.ipynb #48cad589
 def _nearest_at(n: int, vocabulary: int, width: int, block: int, k: int) -> dict:
-    before, g = _peak_gb(), torch.Generator().manual_seed(0)
+    before, g = peak_gb(), torch.Generator().manual_seed(0)
     table = torch.empty(vocabulary, width, dtype=torch.bfloat16)
     for rows in table.split(block): rows.copy_(torch.randn(len(rows), width, generator=g))
     own = torch.randint(vocabulary, (n,), generator=g)
@@ -95,7 +95,7 @@ def _nearest_at(n: int, vocabulary: int, width: int, block: int, k: int) -> dict
     began = time.perf_counter()
     ids, _ = nearest_tokens(table, vectors, k, block)
     seconds = time.perf_counter() - began
-    return {'seconds': seconds, 'peak_gb': _peak_gb(), 'above_start_gb': _peak_gb() - before,
+    return {'seconds': seconds, 'peak_gb': peak_gb(), 'above_start_gb': peak_gb() - before,
             'input_gb': (table.nbytes + vectors.nbytes)/1e9, 'exact': (ids[:, 0] == own).float().mean().item()}
 
 def bench_nearest(
@@ -109,4 +109,4 @@ def bench_nearest(
     "Nearest-vocabulary decoding by blocks in a fresh process: seconds, peak GB of all of it, and the share of vectors that find their row."
     told = _in_own_process('_nearest_at', n, vocabulary, width, block, k, threads=threads)
     size = {'device': 'cpu', 'threads': threads, 'n': n, 'vocabulary': vocabulary, 'width': width, 'block': block, 'k': k}
-    return _signed('drag bench nearest', size | told, out)
+    return record_result('drag bench nearest', size | told, out)

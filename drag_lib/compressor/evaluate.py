@@ -20,7 +20,7 @@ from .train import reconstruction_report, sources_of, with_evidence
 from ..diagnostics import supervised_table
 from ..files import write_jsonl
 from ..llm import LLM, load_adapter
-from ..plots import BLUE, GREEN, GREY, ORANGE, _axes
+from ..plots import BLUE, GREEN, GREY, ORANGE, axes_row
 from ..prompts import Generations, build_batch
 from ..runs import RunError, load_run
 from ..vectors import VectorMeasures, draw_vectors, measure_vectors, nearest_tokens, vector_gate
@@ -121,7 +121,7 @@ def reading_table(metrics: dict):  # -> pandas.DataFrame
 def plot_reading(metrics: dict, title: str = ''):
     "F1 of each row with its interval; the text's as a line."
     table = reading_table(metrics)
-    fig, (ax,) = _axes(1, 5.5, 2.9)
+    fig, (ax,) = axes_row(1, 5.5, 2.9)
     at, f1 = range(len(table)), table['squad/f1']
     color = [GREY if name in ('text', 'embeddings') else ORANGE if name in ('pca', 'snap', 'truncated') else BLUE for name in table.index]
     ax.barh(at, f1, color=color, xerr=[f1 - table['squad/f1_low'], table['squad/f1_high'] - f1], error_kw=dict(lw=1, capsize=2))
@@ -132,7 +132,7 @@ def plot_reading(metrics: dict, title: str = ''):
 
 def plot_rates(measured: dict[float, dict], title: str = ''):
     "F1 of each row against the rate; `measured`: the metrics at each rate. Rows stand beside one another, not on top."
-    fig, (ax,) = _axes(1, 5.5, 3.2)
+    fig, (ax,) = axes_row(1, 5.5, 3.2)
     tables, rates = {rate: reading_table(metrics) for rate, metrics in sorted(measured.items())}, sorted(measured)
     for i, (name, color) in enumerate(zip(ROWS, ('k', GREY, ORANGE, '#c9a227', '#c04a4a', GREEN, BLUE))):
         f1 = ['squad/f1', 'squad/f1_low', 'squad/f1_high']

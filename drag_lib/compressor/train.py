@@ -32,7 +32,7 @@ from ..metrics import bootstrap_interval, score_predictions, split_answers
 from ..plots import plot_training, save_figure
 from ..projector import ordinary_ids
 from ..prompts import NO_ANSWER, Evidence, Generations, Prompt, build_batch, generate, last_logits, tokenize
-from ..reader import _item_of
+from ..reader import reading_item
 from ..records import ReadingRecord, read_reading
 from ..runs import Run, closest, finished_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, trained_weights
@@ -51,7 +51,7 @@ def reading_items(
     n_passages: int = 3,  # of a record's context, the gold ones included; all where it does not say which are gold
     seed: int = 0,  # of the choice of the others and of their order
 ) -> list[ReadingItem]:
-    return [ReadingItem(r, _item_of(r, 0, n_passages, seed)[0], r.answers[0] if r.answers else NO_ANSWER) for r in records]
+    return [ReadingItem(r, reading_item(r, 0, n_passages, seed)[0], r.answers[0] if r.answers else NO_ANSWER) for r in records]
 
 def evidence_texts(prompts: list[Prompt]) -> list[str]:
     "The texts of all units of evidence, each once, in order."

@@ -14,7 +14,7 @@ from typing import Annotated, Iterator, Literal, NamedTuple
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from ..files import write_jsonl
-from ..records import RecordError, RetrievalSet, Text, _lines, _one_of, _rows, _validate, read_retrieval
+from ..records import RecordError, RetrievalSet, Text, read_lines, one_file_of, read_rows, validate_row, read_retrieval
 
 # %% ../../nbs/53_pairs.ipynb #4f8f1e29
 class Pair(NamedTuple):
@@ -37,7 +37,7 @@ class _Row(BaseModel):
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict | RecordError]]:
     "(line, {column: cell} without empty cells, or RecordError) of a .csv or .tsv file with a header."
     def texts():
-        for _, text in _lines(path, blank=True):
+        for _, text in read_lines(path, blank=True):
             if isinstance(text, RecordError): raise text
             yield text + '\n'
     reader = csv.reader(texts(), delimiter='\t' if '.tsv' in path.name.lower() else ',', strict=True)
@@ -80,8 +80,8 @@ def _by_id(row: dict, texts: dict[str, str]) -> dict:
     return out
 
 def _corpus(folder: Path) -> dict[str, str]:
-    path = _one_of(folder, 'corpus.jsonl.gz', 'corpus.jsonl')
-    return {row['_id']: document_text(row) for _, row in _rows(path) if isinstance(row, dict) and '_id' in row}
+    path = one_file_of(folder, 'corpus.jsonl.gz', 'corpus.jsonl')
+    return {row['_id']: document_text(row) for _, row in read_rows(path) if isinstance(row, dict) and '_id' in row}
 
 # %% ../../nbs/53_pairs.ipynb #47a64962
 def _inside(folder: Path, split: str) -> Path | None:
@@ -95,7 +95,7 @@ def _rows_of(source: str | Path, split: str) -> tuple[Path, Iterator]:
     path = Path(source)
     if path.is_dir(): path = _inside(path, split) or path
     if path.is_file() and path.name.lower().removesuffix('.gz').endswith(('.csv', '.tsv')): return path, _csv_rows(path)
-    return path, _rows(path if path.exists() else source, split)
+    return path, read_rows(path if path.exists() else source, split)
 
 def read_pairs(
     source: str | Path,  # .jsonl(.gz), .json(.gz), .csv, .tsv, .parquet, a retrieval set or data set folder, or a hub name
@@ -112,7 +112,7 @@ def read_pairs(
                 if isinstance(row, dict) and row.keys() & {'pos_id', 'neg_ids'}:
                     corpus = corpus or _corpus(path.parent)
                     row = _by_id(row, corpus)
-                pairs += _validate(_Row, row).pairs
+                pairs += validate_row(_Row, row).pairs
             except RecordError as e:
                 e = RecordError(e.reason, path, place, e.field)
                 if skipped is None: raise e from None
@@ -176,17 +176,17 @@ def read_documents(source: str | Path, skipped: list | None = None) -> list[dict
     "{'title', 'text'} of each document; faults are raised as RecordError or go to `skipped`; FileNotFoundError; ValueError for none."
     path = Path(source)
     plain = sorted(p for p in path.rglob('*') if p.suffix in ('.txt', '.md')) if path.is_dir() else []
-    if path.is_dir() and not plain: path = _one_of(path, 'corpus.jsonl.gz', 'corpus.jsonl')
+    if path.is_dir() and not plain: path = one_file_of(path, 'corpus.jsonl.gz', 'corpus.jsonl')
     if plain: found = [{'text': _text(file)} for file in plain]
     elif path.suffix in ('.txt', '.md') and path.is_file():
         found = [{'text': part} for part in re.split(r'\n\s*\n', _text(path)) if part.strip()]
     else:
         found = []
-        for place, row in _rows(path):
+        for place, row in read_rows(path):
             try:
                 if isinstance(row, RecordError): raise row
                 if isinstance(row, dict) and not row.get('text') and row.get('title'): found.append({'title': row['title']})
-                else: found.append(_validate(_Document, row, path, place).model_dump())
+                else: found.append(validate_row(_Document, row, path, place).model_dump())
             except RecordError as e:
                 if skipped is None: raise
                 skipped.append(e.with_traceback(None))

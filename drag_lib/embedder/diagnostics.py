@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .losses import covariance_loss, sigreg
-from ..plots import BLUE, GREY, _axes
+from ..plots import BLUE, GREY, axes_row
 
 # %% ../../nbs/52_diagnostics.ipynb #1ced0b55
 def iso_score(
@@ -71,7 +71,7 @@ def plot_isotropy(
 ):
     "Spectrum, norms, cosines of pairs and Q–Q of random slices, each with a Gaussian sample of the same size in grey."
     x = _checked(vectors)
-    fig, (spectrum, norms, cosines, slanted) = _axes(4, 3.1, 2.9)
+    fig, (spectrum, norms, cosines, slanted) = axes_row(4, 3.1, 2.9)
     levels = torch.linspace(.01, .99, 41)
     normal = 2**.5*torch.erfinv(2*levels - 1)
     sides = (_twin(x, seed), GREY, 'Gaussian draws'), (x, BLUE, f'{len(x)} × {x.shape[1]}')

@@ -27,7 +27,7 @@ from .losses import EmbedderLoss, LossConfig
 from .model import HEAD, embedder, freeze, routes, split
 from ..runs import Run, RunError, finished_run, load_run, project_path, start_run
 from ..text_encoder import TextEncoder
-from ..training import (Budget, Positive, Progress, RunTrainer, TrainConfig, TrainingError, _arguments, _wind_up, checkpoints,
+from ..training import (Budget, Positive, Progress, RunTrainer, TrainConfig, TrainingError, trainer_arguments, wind_up, checkpoints,
                                first_bad_tensor, load_weights, micro_batches, out_of_patience, world_size)
 
 # %% ../../nbs/54_train.ipynb #6d88b765
@@ -176,7 +176,7 @@ def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train
     columns = [name for name in data.column_names if name != 'label']
     each, accumulate = micro_batches(config)
     updates = math.ceil(math.ceil(len(train)/(each*world_size()))/accumulate)*config.epochs
-    plain = _arguments(config, run, run.folder/'training', each, accumulate, updates)
+    plain = trainer_arguments(config, run, run.folder/'training', each, accumulate, updates)
     kept = {k: getattr(plain, k) for k in _KEPT} | {'learning_rate': config.base_learning_rate}
     args = SentenceTransformerTrainingArguments(
         **kept, per_device_eval_batch_size=each, batch_sampler=BatchSamplers.NO_DUPLICATES, prompts=prompts_of(model, columns) or None,
@@ -199,7 +199,7 @@ def _fit(trainer: EmbedderTrainer, model: SentenceTransformer, config: EmbedderC
     run.rewind(trainer.state.global_step)
     if last and (out_of_patience(trainer.state, config.patience) or trainer.budget.used >= 1): load_weights(model, last/'model.safetensors')
     else: trainer.train(resume_from_checkpoint=last and str(last))
-    return _wind_up(trainer, model, run, trainer.updates_planned)
+    return wind_up(trainer, model, run, trainer.updates_planned)
 
 # %% ../../nbs/54_train.ipynb #5bcbe281
 def train_embedder(

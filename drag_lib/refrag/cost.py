@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..bench import _signed
-from ..llm import GIB, PRESETS, _find, _meta_model, _read
+from ..bench import record_result
+from ..llm import GIB, PRESETS, find_model, meta_model, read_pretrained
 from ..projector import Projector
 from ..runs import closest
 
@@ -63,7 +63,7 @@ def model_cost(
     "Weights, attention and cache of a model; nothing is allocated. ValueError for an unknown name."
     config, name = _config(model)
     decoder = name not in ENCODERS and config.model_type not in ('bert', 'roberta')
-    meta = _meta_model(config) if decoder else _meta_encoder(config)
+    meta = meta_model(config) if decoder else _meta_encoder(config)
     head = meta.get_output_embeddings() if decoder else None
     linear = [m for m in meta.modules() if isinstance(m, nn.Linear) and m is not head]
     experts = [p for n, p in meta.named_parameters() if p.dim() == 3 and '.experts.' in n]
@@ -82,7 +82,7 @@ def _config(model):
     if not isinstance(model, str): return model, model.model_type
     if model in ENCODERS: return AutoConfig.for_model(**ENCODERS[model]), model
     if model in PRESETS and PRESETS[model].fields: return PRESETS[model].config(), model
-    return _read(AutoConfig, _find(model), model), model
+    return read_pretrained(AutoConfig, find_model(model), model), model
 
 def _meta_encoder(config):
     from accelerate import init_empty_weights
@@ -373,7 +373,7 @@ def bench_ttft(
         timed = time_prompts(model, context, ks, query=query, new_tokens=new_tokens, batch=batch_size, repeats=repeats, encoder=reads)
         about = {'device': 'cpu', 'threads': threads, 'context': context, 'query': query, 'batch_size': batch_size, 'repeats': repeats,
                  'encoder': encoder, 'million_parameters': sum(p.numel() for p in model.parameters())/1e6}
-        return _signed('drag bench ttft', about | timed, out)
+        return record_result('drag bench ttft', about | timed, out)
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/46_cost.ipynb #b8b10aad
@@ -385,8 +385,8 @@ def plot_ttft(
 ):
     "Speed-up of the first token over the context: the paper's formula, the corrected one (kept, computed), and measured points."
     import numpy as np
-    from drag_lib.plots import BLUE, GREEN, GREY, ORANGE, _axes
-    fig, axes = _axes(len(ks), 4.4, 3.2)
+    from drag_lib.plots import BLUE, GREEN, GREY, ORANGE, axes_row
+    fig, axes = axes_row(len(ks), 4.4, 3.2)
     s = np.geomspace(*contexts, 60).round().astype(int)
     octaves = range(math.ceil(math.log2(contexts[0])), int(math.log2(contexts[1])) + 1)
     ticks = [2**i for i in octaves][::max(1, math.ceil(len(octaves)/6))]

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..plots import _axes
+from ..plots import axes_row
 
 # %% ../../nbs/41_curriculum.ipynb #2bbffe50
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # chunks
@@ -63,7 +63,7 @@ def plot_curriculum(
 ):
     "Left: updates of each length in each stage (straight on the log axis: geometric). Right: the mix over the course of training."
     import matplotlib.pyplot as plt
-    fig, (law, mix) = _axes(2, 4.6, 3.)
+    fig, (law, mix) = axes_row(2, 4.6, 3.)
     stages, ends = np.arange(1, len(counts) + 1), counts.sum(1).cumsum()
     widths = counts.sum(1)
     share = counts/np.maximum(widths, 1)[:, None]
