@@ -181,7 +181,7 @@ def _key(self: ChunkEncoder) -> str:
 ChunkEncoder.parts, ChunkEncoder.key = _parts, _key
 
 # %% ../../nbs/42_encoder.ipynb #e98ec83b
-_CONFIG, _WEIGHTS, _FORMAT = 'chunk_encoder.json', 'chunk_encoder.safetensors', 'drag_lib chunk encoder 1'
+_CONFIG, _WEIGHTS, _FORMAT = 'chunk_encoder.json', 'chunk_encoder.safetensors', 'drag_lib chunk encoder 2'
 
 def _save(self: ChunkEncoder, folder: str | Path):
     "Write the encoder to a folder, its configuration last: without it the folder does not load."
