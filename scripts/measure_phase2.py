@@ -40,6 +40,8 @@ ROWS = {  # what is changed against the first
     'faster retriever': {'retriever_rate': 5e-5},
     'whole labels': {'supervise': 'all'},
     'faster, whole labels': {'retriever_rate': 5e-5, 'supervise': 'all'},
+    'text only, faster, whole labels': {'evidence': 'text', 'retriever_rate': 5e-5, 'supervise': 'all'},
+    'cascade, whole labels': {'train_retriever': False, 'estimator': 'none', 'supervise': 'all'},
     'retrieval weight 1': {'ret_weight': 1.},
 }
 DECODED = {'phase 2, constrained': ('phase 2', {'constrain': True})}  # trained as another row, answered in another way
