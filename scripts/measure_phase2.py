@@ -41,6 +41,7 @@ ROWS = {  # what is changed against the first
     'whole labels': {'supervise': 'all'},
     'faster, whole labels': {'retriever_rate': 5e-5, 'supervise': 'all'},
     'text only, faster, whole labels': {'evidence': 'text', 'retriever_rate': 5e-5, 'supervise': 'all'},
+    'vectors only, faster, whole labels': {'evidence': 'vectors', 'retriever_rate': 5e-5, 'supervise': 'all'},
     'cascade, whole labels': {'train_retriever': False, 'estimator': 'none', 'supervise': 'all'},
     'retrieval weight 1': {'ret_weight': 1.},
 }
