@@ -235,8 +235,8 @@ CHANGES = {  # field: (another value, the settings that both runs share)
     'gate_text': (False, {}), 'n_draws': (2, {'estimator': 'score_function'}), 'temperature': (2., {}), 'temperature_end': (2., {}),
     'max_facts_cap': (2, {}), 'prob_threshold': (.9, {}), 'fallback': (3, {'prob_threshold': .9999}), 'ret_weight': (1., {}),
     'balance_every': (1, {}), 'balance_rho': (.1, {'balance_every': 1}), 'rho': (.2, {}), 'margin': (3., {}), 'eos_loss_weight': (3., {}),
-    'max_length': (200, {}), 'max_answers': (1, {}), 'supervise': ('all', {}), 'max_new_tokens': (2, {}), 'num_beams': (3, {}),
-    'constrain': (True, {}), 'val_generation_limit': (1, {}), 'seed': (1, {})}
+    'max_length': (200, {}), 'max_answers': (1, {'supervise': 'all'}), 'supervise': ('all', {'max_facts_cap': 2}),
+    'max_new_tokens': (2, {}), 'num_beams': (3, {}), 'constrain': (True, {}), 'val_generation_limit': (1, {}), 'seed': (1, {})}
 ELSEWHERE = {'skip_bad', 'eos_gate', 'quantize', 'trust_remote_code', 'gradient_checkpointing'}  # see the other tests
 
 
