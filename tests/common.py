@@ -12,6 +12,7 @@ FORK.set_forkserver_preload(['drag_lib.cli', 'drag_lib.drag', 'drag_lib.phase2',
                              'transformers.models.llama.modeling_llama', 'transformers.models.nemotron_h.modeling_nemotron_h'])
 
 RELATIONS = ('capital', 'country', 'river', 'border', 'language', 'founder')
+NAMES = ('Niamey', 'Lagos', 'Tartu', 'Bergen', 'Kyoto', 'Salta')
 
 
 def question(rng, i, n_facts=15, **change):
@@ -22,6 +23,21 @@ def question(rng, i, n_facts=15, **change):
     others = [[rng.choice(nodes[3:]), rng.choice(RELATIONS), rng.choice(nodes)] for _ in range(n_facts - 2)]
     return {'id': f'q{i}', 'question': f'What is the {b} of the {a} of entity {i}.0?', 'q_entity': [nodes[0]], 'a_entity': [nodes[2]],
             'answer': [nodes[2]], 'graph': rng.sample(path + others, n_facts), 'paths': [path], **change}
+
+
+def reading(rng, i):
+    "A reading record of three passages, the second of which holds the answer."
+    said = [f'{rng.choice(NAMES)} {n} has {rng.randint(2, 999)} houses.' for n in range(3)]
+    return {'id': f'r{i}', 'question': f'How many houses has {said[1].split(" has")[0]}?', 'context': said, 'answers': [said[1].split()[3]],
+            'gold': [1]}
+
+
+def small_llama(folder):
+    "A random language model of bytes in a folder."
+    from drag_lib.llm import tiny_llm
+    llm = tiny_llm('llama', hidden_size=32, intermediate_size=64)
+    llm.model.save_pretrained(folder)
+    llm.tokenizer.save_pretrained(folder)
 
 
 def write(path, rows):

@@ -6,9 +6,8 @@ import time
 import typing
 
 import pytest
-from common import Job, log_of, one_error, read, same_end, write
+from common import Job, log_of, one_error, read, reading, same_end, small_llama, write
 
-NAMES = ('Niamey', 'Lagos', 'Tartu', 'Bergen', 'Kyoto', 'Salta')
 SMALL = {'records': 'train.jsonl', 'val': 'val.jsonl', 'llm': 'llama', 'hidden': 1, 'reconstruct-epochs': 2, 'reconstruct-minutes': 'none',
          'reconstruct-eval-every': 2, 'reconstruct-batch-size': 8, 'epochs': 2, 'minutes': 'none', 'eval-every': 2, 'batch-size': 4,
          'log-every': 1, 'random-tokens': 8, 'max-new-tokens': 4, 'n-passages': 2}
@@ -19,24 +18,14 @@ def train(words='', **changed):
     return f'train compressor {words} --json ' + ' '.join(f'--{k} {v}' for k, v in given.items())
 
 
-def record(rng, i):
-    "Three passages, the second of which holds the answer."
-    said = [f'{rng.choice(NAMES)} {n} has {rng.randint(2, 999)} houses.' for n in range(3)]
-    return {'id': f'r{i}', 'question': f'How many houses has {said[1].split(" has")[0]}?', 'context': said, 'answers': [said[1].split()[3]],
-            'gold': [1]}
-
-
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    from drag_lib.llm import tiny_llm
     home, rng = tmp_path_factory.mktemp('home'), random.Random(0)
-    write(home/'train.jsonl', [record(rng, i) for i in range(12)])
-    write(home/'val.jsonl', [record(rng, i) for i in range(20, 25)])
-    write(home/'none.jsonl', [record(rng, i) | {'answers': []} for i in range(30, 33)])
-    write(home/'bad.jsonl', [record(rng, 40), record(rng, 41) | {'context': []}])
-    llm = tiny_llm('llama')
-    llm.model.save_pretrained(home/'llama')
-    llm.tokenizer.save_pretrained(home/'llama')
+    write(home/'train.jsonl', [reading(rng, i) for i in range(12)])
+    write(home/'val.jsonl', [reading(rng, i) for i in range(20, 25)])
+    write(home/'none.jsonl', [reading(rng, i) | {'answers': []} for i in range(30, 33)])
+    write(home/'bad.jsonl', [reading(rng, 40), reading(rng, 41) | {'context': []}])
+    small_llama(home/'llama')
     return home
 
 

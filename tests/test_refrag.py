@@ -5,9 +5,8 @@ import time
 import typing
 
 import pytest
-from common import Job, log_of, one_error, read, same_end, write
+from common import NAMES, Job, log_of, one_error, read, reading, same_end, small_llama, write
 
-NAMES = ('Niamey', 'Lagos', 'Tartu', 'Bergen', 'Kyoto', 'Salta')
 SMALL = {'texts': 'text.jsonl', 'questions': 'train.jsonl', 'k': 4, 'n-context': 16, 'n-next': 6, 'updates': 12, 'batch-size': 2,
          'val-rows': 3, 'eval-every': 4, 'log-every': 1, 'n-passages': 2, 'max-new-tokens': 3, 'learning-rate': .01}
 
@@ -17,25 +16,15 @@ def train(stage, words='', **changed):
     return f'train refrag {words} --json ' + ' '.join(f'--{k} {v}' for k, v in given.items())
 
 
-def record(rng, i):
-    "Three passages, the second of which holds the answer."
-    said = [f'{rng.choice(NAMES)} {n} has {rng.randint(2, 999)} houses.' for n in range(3)]
-    return {'id': f'r{i}', 'question': f'How many houses has {said[1].split(" has")[0]}?', 'context': said, 'answers': [said[1].split()[3]],
-            'gold': [1]}
-
-
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    from drag_lib.llm import tiny_llm
     home, rng = tmp_path_factory.mktemp('home'), random.Random(0)
     write(home/'text.jsonl', [{'text': ' '.join(rng.choices(NAMES, k=30))} for _ in range(8)])
     write(home/'other.jsonl', [{'text': ' '.join(rng.choices(NAMES[:2], k=30))} for _ in range(8)])
-    write(home/'train.jsonl', [record(rng, i) for i in range(20)])
-    write(home/'others.jsonl', [record(rng, i) for i in range(40, 60)])
-    write(home/'bad.jsonl', [record(rng, 60), record(rng, 61) | {'context': []}])
-    llm = tiny_llm('llama', hidden_size=32, intermediate_size=64)
-    llm.model.save_pretrained(home/'llama')
-    llm.tokenizer.save_pretrained(home/'llama')
+    write(home/'train.jsonl', [reading(rng, i) for i in range(20)])
+    write(home/'others.jsonl', [reading(rng, i) for i in range(40, 60)])
+    write(home/'bad.jsonl', [reading(rng, 60), reading(rng, 61) | {'context': []}])
+    small_llama(home/'llama')
     return home
 
 
