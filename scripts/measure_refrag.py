@@ -45,7 +45,7 @@ class Measurement:
         print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
         return name
 
-    def decoder(self): return self.train('decoder', 'pretrain')
+    def decoder(self): return self.train('decoder', 'pretrain') if self.args.pretrain_updates else None  # None: the reader as it comes
     def reconstruct(self, order='stages'): return self.train(f'rec-{order}', 'reconstruct', self.decoder(), order=order)
     def cpt(self, start=True): return self.train('cpt' if start else 'cpt-new', 'cpt', self.reconstruct() if start else self.decoder())
 
@@ -101,9 +101,9 @@ if __name__ == '__main__':
     parser.add_argument('--n-context', type=int, default=128)
     parser.add_argument('--n-next', type=int, default=32)
     parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--pretrain-updates', type=int, default=200)
+    parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
     parser.add_argument('--reconstruct-updates', type=int, default=200)
-    parser.add_argument('--cpt-updates', type=int, default=500)
+    parser.add_argument('--cpt-updates', type=int, default=800)
     parser.add_argument('--question-updates', type=int, default=600, help='of the encoder for the questions')
     parser.add_argument('--question-epochs', type=int, default=4)
     parser.add_argument('--policy-updates', type=int, default=60)
