@@ -4,6 +4,9 @@
 The texts tell of four things and then of the same four again, in other words and another order (`retold_texts`): what comes later can be
 read off what came before, so it matters what of a context is kept. No thing is in two texts.
 
+Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
+7 B may have. The row `start` has the paper's frozen decoder beside it.
+
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
     .venv/bin/python scripts/measure_refrag.py --help                the rows and the settings
@@ -21,8 +24,8 @@ from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
 WORLD, RETOLD = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz'
-ROWS = {'curriculum': 'reconstruction with the curriculum, shuffled, and without, at equal updates',
-        'start': 'CPT from reconstruction and from a new encoder, at equal updates',
+ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal updates',
+        'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'questions': 'F1 of REFRAG-k after instruction tuning and of the reader on full text, 4 passages',
         'policy': 'questions at equal rate: policy, perplexity, similarity, random'}
@@ -46,23 +49,24 @@ class Measurement:
         return name
 
     def decoder(self): return self.train('decoder', 'pretrain') if self.args.pretrain_updates else None  # None: the reader as it comes
-    def reconstruct(self, order='stages'): return self.train(f'rec-{order}', 'reconstruct', self.decoder(), order=order)
-    def cpt(self, start=True): return self.train('cpt' if start else 'cpt-new', 'cpt', self.reconstruct() if start else self.decoder())
 
-    def reader_encoder(self):  # of the reader as it comes, which knows how to answer
-        updates = self.args.question_updates
-        return self.train('reader-rec', 'reconstruct', n_context=64, updates=updates, eval_every=updates)
+    def reconstruct(self, order='stages', trainable='all'):
+        return self.train(f'rec-{order}-{trainable}', 'reconstruct', self.decoder(), order=order, trainable=trainable)
 
-    def instruct(self):
-        return self.train('instruct', 'instruct', self.reader_encoder(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
+    def cpt(self, start: str = 'reconstruction'):
+        begin = {'reconstruction': self.reconstruct, 'frozen decoder': lambda: self.reconstruct(trainable='frozen'),
+                 'new encoder': self.decoder}[start]
+        return self.train(f'cpt-{start.replace(" ", "-")}', 'cpt', begin())
+
+    def instruct(self): return self.train('instruct', 'instruct', self.cpt(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
 
     def policy(self):
         return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
                           eval_every=max(self.args.policy_updates//4, 1), optimizer='adamw', learning_rate=3e-4)
 
     def measure(self, row: str) -> dict:
-        if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'shuffled', 'longest')}
-        if row == 'start': return {name: self.figures(self.cpt(start)) for name, start in (('reconstruct', True), ('new encoder', False))}
+        if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}
+        if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'questions': return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True)
         return evaluate_refrag(self.policy(), WORLD.format('test'), limit=self.args.limit, controls=True)
@@ -102,10 +106,9 @@ if __name__ == '__main__':
     parser.add_argument('--n-next', type=int, default=32)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
-    parser.add_argument('--reconstruct-updates', type=int, default=200)
-    parser.add_argument('--cpt-updates', type=int, default=800)
-    parser.add_argument('--question-updates', type=int, default=600, help='of the encoder for the questions')
-    parser.add_argument('--question-epochs', type=int, default=4)
+    parser.add_argument('--reconstruct-updates', type=int, default=300)
+    parser.add_argument('--cpt-updates', type=int, default=300)
+    parser.add_argument('--question-epochs', type=int, default=8)
     parser.add_argument('--policy-updates', type=int, default=60)
     parser.add_argument('--expand', type=float, default=.1)
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
