@@ -6,7 +6,7 @@
 __all__ = ['EvidenceKind', 'fact_prompt', 'Chosen', 'choose_facts', 'QuestionSet', 'DRAG', 'named_by', 'Answers',
            'answer_questions']
 
-# %% ../nbs/16_generator.ipynb #31eef1df
+# %% ../nbs/16_generator.ipynb #ac829261
 from dataclasses import dataclass
 from itertools import compress
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from .graphs import Batch, PackedQuestions, group_index
 from .llm import LLM
 from .metrics import segment_ranks
 from .projector import Projector
-from .prompts import ANSWER_HEADER, INSTRUCTION, NO_ANSWER, Evidence, Generations, Prompt
+from .prompts import ANSWER_HEADER, INSTRUCTION, JOIN, NO_ANSWER, Evidence, Generations, Prompt
 from .prompts import answer_loss, answer_text, build_batch, generate, tokenize
 from .retriever import Retriever, RetrieverOutput, fact_embeddings, retrieval_loss, select_facts
 from .sampler import leave_one_out, log_prob, sample_facts, temperature_at
@@ -87,7 +87,7 @@ class QuestionSet:
         name = lambda local: p.entities[int(p.entity[node + local])]
         return [(name(int(p.head[first + f])), p.relations[int(p.rel[first + f])], name(int(p.tail[first + f]))) for f in facts]
 
-# %% ../nbs/16_generator.ipynb #c1e10f5e
+# %% ../nbs/16_generator.ipynb #96b72ad3
 class DRAG(nn.Module):
     "D-RAG: retriever → sampler → projector → language model. forward(data, **Batch fields) → {'loss', 'n_items', 'parts'}."
     def __init__(
@@ -105,7 +105,7 @@ class DRAG(nn.Module):
         balance_rho: float = .9,
         rho: float = .7, margin: float = 1.,  # of the retrieval loss
         max_length: int | None = None, max_answers: int | None = None, eos_loss_weight: float = 1.,
-        supervise: Literal['read', 'all'] = 'read',  # answers that a fact in the prompt names (all where none does), or all of them
+        supervise: Literal['read', 'all'] = 'read',  # answers that a fact read names (all where none does), or all; score function: all
     ):
         super().__init__()
         if (projector is None) != (evidence == 'text'): raise ValueError('a projector is needed where evidence has vectors, and only there')
@@ -153,7 +153,7 @@ def _gate_texts(self: DRAG, prompts: list[Prompt], gates: list[Tensor]):
 
 DRAG.prompts, DRAG._gate_texts = _prompts, _gate_texts
 
-# %% ../nbs/16_generator.ipynb #578da61a
+# %% ../nbs/16_generator.ipynb #b244c839
 def named_by(facts: list[tuple[str, str, str]], answers: list[str]) -> list[str]:
     "The answers that are head or tail of a fact."
     names = {name for h, _, t in facts for name in (h, t)}
@@ -175,9 +175,11 @@ def _build(
 
 def _generation_loss(self: DRAG, data: QuestionSet, batch: Batch, out: RetrieverOutput, chosen: Chosen) -> tuple[Tensor, dict]:
     "Loss of each question's answer [Q], and what was in the prompts."
-    mixed, _, _ = self.build(data, batch, out, chosen)
+    mixed, _, texts = self.build(data, batch, out, chosen)
     per_item, parts = answer_loss(self.llm, mixed)
-    counts = {'n_facts': chosen.ptr.diff().float().mean(), 'n_dropped': mixed.n_dropped.float().mean()}
+    unsaid = [max(0, len({*data.packed.answers_of(q)}) - text.count(JOIN) - 1) for q, text in zip(batch.question.tolist(), texts)]
+    counts = {'n_facts': chosen.ptr.diff(), 'n_dropped': mixed.n_dropped, 'n_answers_left_out': torch.tensor(unsaid)}
+    counts = {k: v.float().mean().to(per_item.device) for k, v in counts.items()}
     return per_item, {k: v.float().mean() for k, v in parts.items()} | counts
 
 DRAG.build, DRAG.generation_loss = _build, _generation_loss

@@ -35,7 +35,7 @@ from .text_encoder import TextEncoder
 from .training import Positive, TrainConfig, TrainingError, fit, micro_batches, world_size
 from .vectors import draw_vectors, measure_vectors, vector_gate
 
-# %% ../nbs/19_phase2.ipynb #1fa141a7
+# %% ../nbs/19_phase2.ipynb #4fc493d0
 Rate = Annotated[float, Field(gt=0)]
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class Phase2Config(TrainConfig):
     eos_loss_weight: Annotated[float, Field(ge=0)] = 1.  # of the end token, where an answer's token weighs 1
     max_length: Positive | None = 2048  # positions of a prompt with its answer; facts are dropped from the end
     max_answers: Positive | None = 16  # answers supervised a question, the first the facts mention; all are scored
-    supervise: Literal['read', 'all'] = 'read'  # in training: answers that a fact in the prompt names (all where none does), or all
+    supervise: Literal['read', 'all'] = 'read'  # answers of a label: those a fact read names (all where none does); score function: all
     max_new_tokens: Positive = 128
     num_beams: Positive = 1
     constrain: bool = False  # answers must be entities of the facts read

@@ -49,7 +49,7 @@ class TinyEncoder(nn.Module):
         if pooling == 'cls': return h[:, 0]@self.mix[-1]
         return torch.einsum('nld,ldw->nw', h[:, 1:]*real[..., None], self.mix[:ids.shape[1]])/real.sum(1, keepdim=True)**.5
 
-# %% ../../nbs/42_encoder.ipynb #b571eb8e
+# %% ../../nbs/42_encoder.ipynb #a35bab1b
 class ChunkEncoder(nn.Module):
     "Token chunks -> one vector each of the LLM's width, as long as its token embeddings. In fp32, whatever the LLM's precision."
     def __init__(
@@ -64,9 +64,9 @@ class ChunkEncoder(nn.Module):
         _folder: Path | None = None,  # of `save`: a pretrained encoder's configuration, in place of its weights
     ):
         super().__init__()
-        _check_options(encoder, pooling, normalize, max_tokens)
+        _check_options(encoder, pooling, normalize, residual, max_tokens)
         self.llm, self.pooling, self.normalize = llm, pooling, normalize
-        self.residual = encoder == 'tiny' if residual is None else residual and encoder != 'identity'
+        self.residual = encoder == 'tiny' if residual is None else residual
         self.settings = {'encoder': encoder, 'pooling': pooling, 'normalize': normalize, 'hidden': hidden, 'residual': self.residual,
                          'max_tokens': max_tokens, 'seed': seed, 'llm_width': llm.width}
         self.n_cut = self.n_broken = 0  # chunks that did not fit in the encoder's window; with a letter broken in two
@@ -105,12 +105,12 @@ class ChunkEncoder(nn.Module):
         "What the LLM takes for the chunks."
         return self.project(self.features(chunks))
 
-# %% ../../nbs/42_encoder.ipynb #5150f4c9
-def _check_options(encoder, pooling, normalize, max_tokens):
+# %% ../../nbs/42_encoder.ipynb #26e8f548
+def _check_options(encoder, pooling, normalize, residual, max_tokens):
     if pooling not in ('mean', 'cls'): raise ValueError(f"pooling {pooling!r}: give 'mean' or 'cls'")
     if max_tokens < 1: raise ValueError(f'max_tokens = {max_tokens}: a chunk holds 1 token or more')
-    if encoder == 'identity' and (pooling == 'cls' or normalize):
-        raise ValueError("encoder 'identity' is the mean of the tokens' own embeddings: it takes neither 'cls' nor normalize")
+    if encoder == 'identity' and (pooling == 'cls' or normalize or residual):
+        raise ValueError("encoder 'identity' is the mean of the tokens' own embeddings: it takes no 'cls', normalize or residual")
 
 def _pretrained(name: str, saved: Path | None = None):
     "Encoder without its pooling head, tokenizer and width; untrained where `saved` holds them. ValueError where there is no such encoder."
@@ -180,7 +180,7 @@ def _key(self: ChunkEncoder) -> str:
 
 ChunkEncoder.parts, ChunkEncoder.key = _parts, _key
 
-# %% ../../nbs/42_encoder.ipynb #e98ec83b
+# %% ../../nbs/42_encoder.ipynb #2fa4a163
 _CONFIG, _WEIGHTS, _FORMAT = 'chunk_encoder.json', 'chunk_encoder.safetensors', 'drag_lib chunk encoder 2'
 
 def _save(self: ChunkEncoder, folder: str | Path):
