@@ -58,7 +58,8 @@ class Measurement:
                  'new encoder': self.decoder}[start]
         return self.train(f'cpt-{start.replace(" ", "-")}', 'cpt', begin())
 
-    def instruct(self): return self.train('instruct', 'instruct', self.cpt(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
+    def instruct(self):
+        return self.train('instruct', 'instruct', self.cpt(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
 
     def policy(self):
         return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
