@@ -5,7 +5,8 @@ The texts tell of four things and then of the same four again, in other words an
 read off what came before, so it matters what of a context is kept. No thing is in two texts.
 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
-7 B may have. The row `start` has the paper's frozen decoder beside it.
+7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length
+but those of the row `curriculum`.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -37,7 +38,7 @@ class Measurement:
         self.args, self.seed, self.k, self.name = args, seed, k, f'{args.name}-s{seed}'
         self.common = dict(texts=args.texts, questions=WORLD.format('train'), seed=seed, n_context=args.n_context, n_next=args.n_next,
                            batch_size=args.batch_size, val_rows=64, log_every=10, optimizer='muon', learning_rate=args.learning_rate,
-                           encoder_rate=args.encoder_rate)
+                           encoder_rate=args.encoder_rate, order='longest')
 
     def train(self, name: str, stage: str, start: str | None = None, **changes) -> str:
         name = f'{self.name}-{name}' + ('' if stage == 'pretrain' else f'-k{self.k}')
@@ -50,7 +51,7 @@ class Measurement:
 
     def decoder(self): return self.train('decoder', 'pretrain') if self.args.pretrain_updates else None  # None: the reader as it comes
 
-    def reconstruct(self, order='stages', trainable='all'):
+    def reconstruct(self, order='longest', trainable='all'):
         return self.train(f'rec-{order}-{trainable}', 'reconstruct', self.decoder(), order=order, trainable=trainable)
 
     def cpt(self, start: str = 'reconstruction'):
@@ -108,7 +109,7 @@ if __name__ == '__main__':
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
-    parser.add_argument('--cpt-updates', type=int, default=300)
+    parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-epochs', type=int, default=8)
     parser.add_argument('--policy-updates', type=int, default=60)
     parser.add_argument('--expand', type=float, default=.1)
