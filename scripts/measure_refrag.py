@@ -5,8 +5,8 @@ The texts tell of four things and then of the same four again, in other words an
 read off what came before, so it matters what of a context is kept. No thing is in two texts.
 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
-7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length
-but those of the row `curriculum`.
+7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full
+length but those of the row `curriculum`.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -28,6 +28,7 @@ WORLD, RETOLD = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz'
 ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal updates',
         'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
+        'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 of REFRAG-k after instruction tuning and of the reader on full text, 4 passages',
         'policy': 'questions at equal rate: policy, perplexity, similarity, random'}
 
@@ -59,6 +60,10 @@ class Measurement:
                  'new encoder': self.decoder}[start]
         return self.train(f'cpt-{start.replace(" ", "-")}', 'cpt', begin())
 
+    def tokens(self):
+        updates = self.args.reconstruct_updates + self.args.cpt_updates
+        return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
+
     def instruct(self):
         return self.train('instruct', 'instruct', self.cpt(), epochs=self.args.question_epochs, batch_size=16, eval_every=None)
 
@@ -70,6 +75,7 @@ class Measurement:
         if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
+        if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
         if row == 'questions': return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True)
         return evaluate_refrag(self.policy(), WORLD.format('test'), limit=self.args.limit, controls=True)
 
