@@ -88,7 +88,7 @@ def assert_same_step(model: Retriever, packed: PackedQuestions, questions: Tenso
         off = (g - many[name]).abs().max()/g.abs().max().clamp_min(1e-6)
         assert off < 1e-4, f'batch and loop differ: gradient of {name} by {off:.1e}'
 
-# %% ../nbs/90_bench.ipynb #453d82e4
+# %% ../nbs/90_bench.ipynb #7044c5b5
 _SIZES = {'PQ-2H': 33, 'PQ-3H': 153}  # facts a question
 _SHARED = '../shared/data/kgqa'
 
@@ -114,6 +114,7 @@ def bench_retriever(
         return record_result('drag bench retriever', result, out)
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/90_bench.ipynb #70e8c078
 def record_result(command: str, result: dict, out: str | None) -> dict:
     "The figures with the machine, the command and the commit that made them; written to `out` where one is given."
     from drag_lib.files import write_json
@@ -122,6 +123,7 @@ def record_result(command: str, result: dict, out: str | None) -> dict:
     if out: write_json(out, result)
     return result
 
+# %% ../nbs/90_bench.ipynb #fd9f8628
 def _alternate(packed, relations, dim, batch_size, steps, warm_up=3) -> dict:
     "Batched and looped training in turn, from the same weights, on the same questions."
     models, seconds = {}, {training_step: [], looped_step: []}

@@ -247,7 +247,7 @@ def finished(run: str, config: Phase1Config) -> dict | None:
     if changed: raise RunError(f'run {run!r} is done and cannot go on with another config: {", ".join(changed)}: choose another --run')
     return r.metrics
 
-# %% ../nbs/10_drag.ipynb #641b5f61
+# %% ../nbs/10_drag.ipynb #fa6fec05
 def load_retriever(run: str) -> tuple[Retriever, dict]:
     "(the run's best retriever in evaluation mode, its settings: encoder, temperature, selection). Weights are read from safetensors."
     from safetensors.torch import load_file
@@ -262,6 +262,7 @@ def load_retriever(run: str) -> tuple[Retriever, dict]:
     model.load_state_dict(weights)
     return model.eval().to('cuda' if torch.cuda.is_available() else 'cpu'), settings
 
+# %% ../nbs/10_drag.ipynb #8348bfee
 def evaluate_phase1(
     run: str,
     data: str,  # question records: a file, a data set folder or a hub name

@@ -74,7 +74,7 @@ class KnowledgeGraph:
         e, r = self.entities, self.relations
         return [(e[h], r[p], e[t]) for h, p, t in self.facts[facts].tolist()]
 
-# %% ../nbs/03_graphs.ipynb #decf7ce5
+# %% ../nbs/03_graphs.ipynb #0b6504b3
 def _text_lines(path):
     opener = gzip.open if path.name.endswith('.gz') else open
     try:
@@ -93,6 +93,7 @@ def _parse_rows(path, kind):
             line = line.rstrip('\r\n')
             yield i, line.split('\t' if '\t' in line else '|')
 
+# %% ../nbs/03_graphs.ipynb #e3b761be
 _HEADERS = ('head', 'relation', 'tail'), ('h', 'r', 't'), ('subject', 'predicate', 'object')
 
 def read_triples(path: str | Path) -> Iterable[tuple[str, str, str]]:

@@ -348,7 +348,7 @@ def write_reading(records: Iterable[ReadingRecord | dict], path: str | Path) -> 
     "Write reading records to `.jsonl` or `.jsonl.gz`, whole or not at all; returns how many. Raises RecordError, ValueError."
     return _write_records(records, path, ReadingRecord, 'gold')
 
-# %% ../nbs/01_records.ipynb #2f9d2724
+# %% ../nbs/01_records.ipynb #08a91b20
 @dataclass
 class RetrievalSet:
     "Documents, queries and relevance judgements by id."
@@ -372,6 +372,7 @@ def one_file_of(folder: Path, *names: str) -> Path:
         if (folder/name).is_file(): return folder/name
     raise FileNotFoundError(f'{folder}: a retrieval set has {" or ".join(names)} here')
 
+# %% ../nbs/01_records.ipynb #cda78f02
 def _qrels_rows(path: Path) -> Iterator[tuple[int, Any]]:
     "(line, (query id, document id, grade) or RecordError); the first line must be the header."
     header = ['query-id', 'corpus-id', 'score']
@@ -404,6 +405,7 @@ def read_retrieval(folder: str | Path, skipped: list | None = None, *, split: st
         skipped.append(row)
     return found
 
+# %% ../nbs/01_records.ipynb #01d32932
 def write_retrieval(data: RetrievalSet, folder: str | Path, *, split: str = 'test') -> None:
     "Write a retrieval set in the BEIR layout. Raises ValueError, before anything is written, where a judgement names no query or document."
     folder = Path(folder)
@@ -664,7 +666,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except csv.Error as e: yield line + 1, RecordError(f'invalid CSV: {e}', path, line + 1)
     except RecordError as e: yield e.line, e
 
-# %% ../nbs/01_records.ipynb #ca101bf1
+# %% ../nbs/01_records.ipynb #84353fe4
 def _ask(row, kg, path, place) -> dict | RecordError:
     "The fields of a question that is to get a subgraph of `kg`, or what is wrong with them."
     if isinstance(row, RecordError): return row
@@ -704,6 +706,7 @@ def _bare_questions(source: str | Path, split: str, format: str) -> Iterator[tup
     if not path.is_file(): raise FileNotFoundError(f'{source}: no such file')
     return _metaqa_rows(path) if metaqa else _csv_rows(path)
 
+# %% ../nbs/01_records.ipynb #9f664d7d
 def convert_questions(
     source: str | Path,  # what to read: a file, a data set folder or a hub name
     out: str | Path,  # the .jsonl or .jsonl.gz to write

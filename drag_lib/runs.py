@@ -173,7 +173,7 @@ def _log_line(values: dict) -> str:
         return value
     return json.dumps({k: plain(v) for k, v in values.items()}, ensure_ascii=False, default=str, allow_nan=False)
 
-# %% ../nbs/06_runs.ipynb #3311e323
+# %% ../nbs/06_runs.ipynb #1f917cc2
 def _read_json(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
@@ -184,6 +184,7 @@ def _log_lines(path: Path) -> list[dict]:
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines(keepends=True) if line.endswith('\n')]
 
+# %% ../nbs/06_runs.ipynb #595b323b
 @dataclass
 class Run:
     "A run: its folder, its manifest, and the only code that writes to them. Made by `start_run` and `load_run`."

@@ -283,7 +283,7 @@ def weights_file(run: Run, kind: Literal['model', 'last'] = 'model', stage: str 
     "A run's best weights, `model.safetensors`, or its last ones; those of a stage: `model-<stage>.safetensors`."
     return run.folder/f'{kind}{"-" if stage else ""}{stage}.safetensors'
 
-# %% ../nbs/07_training.ipynb #3a14a470
+# %% ../nbs/07_training.ipynb #8bcd4008
 class RunTrainer(ScheduledTrainer):
     "ScheduledTrainer with our measure as its evaluation, atomic checkpoints and the run's log. Made by `fit`."
     def __init__(self, *args, run: Run, measure, metric: str, greater_is_better: bool, patience: int, stage: str, **kwargs):
@@ -361,6 +361,7 @@ class RunTrainer(ScheduledTrainer):
         if self.args.should_save: act()
         self.accelerator.wait_for_everyone()
 
+# %% ../nbs/07_training.ipynb #6ff316d8
 def out_of_patience(state, patience: int) -> bool:
     "Whether the last `patience` evaluations brought no better value than the ones before them."
     measured = [row['measured'] for row in state.log_history if 'measured' in row]
@@ -408,7 +409,7 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #e8356045
+# %% ../nbs/07_training.ipynb #7c8fa3b6
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items
@@ -447,6 +448,7 @@ def fit(
     else: trainer.train(resume_from_checkpoint=last and str(last))
     return wind_up(trainer, model, run, updates)
 
+# %% ../nbs/07_training.ipynb #4a4968db
 def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, accumulate: int, updates: int):
     "The loop's settings as transformers' TrainingArguments: `each` items a device and micro-batch, `accumulate` of them an update."
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())

@@ -154,7 +154,7 @@ def _things(countries, states, counties, cities, capitals) -> list[_Thing]:
 
 _CONTINENTS = dict(AF='Africa', AS='Asia', EU='Europe', NA='North America', OC='Oceania', SA='South America', AN='Antarctica')
 
-# %% ../nbs/04_world.ipynb #fc976893
+# %% ../nbs/04_world.ipynb #c4fd0b76
 @dataclass
 class WorldFacts:
     "The knowledge graph with what is needed to ask about it."
@@ -175,6 +175,7 @@ _EVERY = dict(country=('capital', 'continent', 'currency', 'language spoken', 'i
                        'area'),
               city=('located in country', 'time zone'), county=('located in state',), state=('located in country', 'postal abbreviation'))
 
+# %% ../nbs/04_world.ipynb #2fdffca3
 def _country_facts(k, c, countries, capitals, name):
     "A country's facts as (relation, tail or None where the tail is not in the graph)."
     seat = ('city', str(capitals[k]['geonameid']) if capitals[k] else f'capital-{k}')
@@ -239,7 +240,7 @@ def _with_kinds(triples, things, name, alone, incomplete, dropped) -> WorldFacts
         dropped[f'fact: {gap[1]}, every {kind[gap[0]]} has one but the package has none'] += 1
     return WorldFacts(triples, kind, region, alone, population, incomplete, dropped)
 
-# %% ../nbs/04_world.ipynb #78b324aa
+# %% ../nbs/04_world.ipynb #9bba4711
 class _Ask(NamedTuple):
     path: str
     many: bool
@@ -284,6 +285,7 @@ _ASKS = [_Ask(*row) for row in (
      'Which time zones apply in the capitals of the countries that share a border with {}?')),
 )]
 
+# %% ../nbs/04_world.ipynb #910d5328
 class _Description(NamedTuple):
     topic: str  # kind of the topic entity
     path: str  # from the topic to the country; must not end in several
@@ -308,7 +310,7 @@ _DESCRIPTIONS = [_Description(*row) for row in (
      'the country with the {} as its currency', 'the country where people pay with the {}')),
 )]
 
-# %% ../nbs/04_world.ipynb #be478f87
+# %% ../nbs/04_world.ipynb #470b10c8
 class _Template(NamedTuple):
     id: str
     topics: tuple[str, ...]  # kind of each topic
@@ -362,6 +364,7 @@ _PLAIN = [_Template(f'{topic}: {path}', (topic,), (path,), many, phrasings) for 
       for topic in ('us city', 'county')),
 )]
 
+# %% ../nbs/04_world.ipynb #d2373c0e
 _CONJUNCTIONS = [_Template(f'{a}: {p} & {b}: {q}', (a, b), (p, q), True, plural, singular) for (a, p), (b, q), plural, singular in (
     (('country', 'shares a border with'), ('currency', '^currency'),
      ('Which countries border {0} and use the {1}?', 'Which neighbours of {0} use the {1}?',
@@ -747,7 +750,7 @@ def _counts(world: World, facts: WorldFacts) -> dict:
         if split != 'train' and answered: out[f'{split}/no answer seen in training'] = round(new / len(answered), 4)
     return out
 
-# %% ../nbs/04_world.ipynb #a7c946aa
+# %% ../nbs/04_world.ipynb #4613252e
 _README = '''# World: real facts as graph, questions and passages
 
 {attribution}
@@ -774,6 +777,7 @@ The same settings give the same files.
 - Counts and coverage: `manifest.json`.
 '''
 
+# %% ../nbs/04_world.ipynb #f4913194
 def _write_files(world: World, folder: Path, tick):
     "All files but the manifest; `tick()` after each."
     import csv, io
@@ -791,6 +795,7 @@ def _write_files(world: World, folder: Path, tick):
     write_text(folder/'README.md', _README.format(attribution=WORLD_ATTRIBUTION, dropped=dropped,
                                                   n_reading=sum(map(len, world.reading.values())), **sizes)); tick()
 
+# %% ../nbs/04_world.ipynb #5a50d230
 def _manifest(folder: Path) -> dict | None:
     "The manifest of a world in `folder`; None where there is none."
     try: found = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
@@ -811,6 +816,7 @@ def _swap(new: Path, folder: Path):
         raise
     finally: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/04_world.ipynb #401b944a
 def write_world(
     out: str | Path,  # the folder to make
     seed: int = 0,

@@ -31,7 +31,7 @@ def paper_cache_gain(s: float, k: float, output: int) -> float:
     "Ratio of the sizes of the key-value cache, by the paper's formula, after `output` tokens."
     return (k*s + k*output)/(s + k*output)
 
-# %% ../../nbs/46_cost.ipynb #408de75b
+# %% ../../nbs/46_cost.ipynb #efc71860
 class ModelCost(NamedTuple):
     "What a transformers model costs, from its configuration."
     name: str
@@ -57,6 +57,7 @@ _size = lambda width, layers, heads: dict(hidden_size=width, num_hidden_layers=l
 ENCODERS = {'minilm': dict(_bert, **_size(384, 6, 12)), 'roberta-base': dict(_roberta, **_size(768, 12, 12)),
             'roberta-large': dict(_roberta, **_size(1024, 24, 16))}
 
+# %% ../../nbs/46_cost.ipynb #42db8769
 def model_cost(
     model,  # a preset of `drag_lib.llm`, an encoder of ENCODERS, a folder or hub id of a decoder, or a transformers config
 ) -> ModelCost:
@@ -264,7 +265,7 @@ def _recorded(call: Callable, device):
     with torch.cuda.graph(graph): kept = call()
     return lambda: (graph.replay(), kept)[1]
 
-# %% ../../nbs/46_cost.ipynb #d11e1168
+# %% ../../nbs/46_cost.ipynb #0418c582
 def _ways(context, ks, query, batch, width, vocab, encoder_vocab, device, dtype, seed=0) -> dict[str, _Way]:
     g = torch.Generator().manual_seed(seed)
     ids = lambda *shape, most=vocab: torch.randint(3, most, shape, generator=g).to(device)
@@ -276,6 +277,7 @@ def _ways(context, ks, query, batch, width, vocab, encoder_vocab, device, dtype,
         if encoder_vocab: ways[f'k{k}/computed'] = _Way(asked, None, ids(batch*n, k + 2, most=encoder_vocab))
     return ways
 
+# %% ../../nbs/46_cost.ipynb #6ebee005
 @torch.no_grad()
 def time_prompts(
     model,  # a transformers decoder
@@ -323,6 +325,7 @@ def _ttit(model, found, new_tokens, finish) -> tuple[float]:
     "Seconds a token after the first; 0 for one token."
     return _clock(lambda: _decode(model, *found, new_tokens - 1), finish)[0]/max(new_tokens - 1, 1),
 
+# %% ../../nbs/46_cost.ipynb #1cdcce89
 def _beside_formula(result, decoder: ModelCost, encoder, context, ks, query) -> dict[str, float]:
     "Measured speed-ups of the first token, the corrected formula's, and the share of it that was reached."
     found = {'paper/' + f'k{k}': paper_speedup(context, k, decoder.width) for k in ks}
