@@ -76,7 +76,10 @@ class Measurement:
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
-        if row == 'questions': return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True)
+        if row == 'questions':
+            run = self.instruct()  # `known/`: questions held out of the training file, about things that others of it are about
+            return evaluate_refrag(run, WORLD.format('test'), limit=self.args.limit, controls=True) | {
+                'known/squad/f1': load_run(run).metrics['squad/f1']}
         return evaluate_refrag(self.policy(), WORLD.format('test'), limit=self.args.limit, controls=True)
 
     def figures(self, run: str) -> dict:
