@@ -5,9 +5,10 @@
     .venv/bin/python scripts/measure_compressor.py world --rates 4 --seed 1                one more row; the others stay
     .venv/bin/python scripts/measure_compressor.py squadshifts-wiki nq-oracle --rates 4    data sets of ../shared/data/reading
 
-Each set's rows go to figures/bench/compressor-<set>.json, their plot beside it. World and the squadshifts sets have compressors of their
-own, trained where the run is not there yet (`compressor-<set>-<row>`); the other sets have no training part and are read through
-world's. The squadshifts sets have two parts only: checkpoints are chosen on records of the training part, the other is the test.
+Each set's rows go to figures/bench/compressor-<set>.json, the plot of several rates beside it. World and the squadshifts sets have
+compressors of their own, trained where the run is not there yet (`compressor-<set>-<row>`); the other sets have no training part and are
+read through world's. The squadshifts sets have two parts only: checkpoints are chosen on records of the training part, the other is the
+test.
 """
 import argparse
 import json
@@ -63,7 +64,7 @@ def measure(name: str, rates: list[float], options: dict, limit: int | None):
         command = ' '.join(['scripts/measure_compressor.py', name, '--rates', *dict.fromkeys(f"{r['rate']:g}" for r in rows.values())])
         write_json(path, {'data': data, 'command': command, 'rows': rows})
     alike = {r['rate']: r['metrics'] for r in rows.values() if all(r['config'][k] == options[k] for k in ('kind', 'quantize', 'seed'))}
-    save_figure(plot_rates(alike, f'{name}: {options["llm"]}, {options["kind"]}'), path.with_suffix('.png'), close=True)
+    if len(alike) > 1: save_figure(plot_rates(alike, f'{name}: {options["llm"]}, {options["kind"]}'), path.with_suffix('.png'), close=True)
 
 
 def main():
