@@ -119,7 +119,7 @@ if __name__ == '__main__':
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-epochs', type=int, default=2)
-    parser.add_argument('--policy-updates', type=int, default=60)
+    parser.add_argument('--policy-updates', type=int, default=400)
     parser.add_argument('--expand', type=float, default=.12, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
     parser.add_argument('--encoder-rate', type=float, default=3e-3)
