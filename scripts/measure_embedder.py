@@ -140,7 +140,8 @@ def main(args):
     if args.frozen: found['bench']['frozen'] = bench_frozen()
     if args.index: found['bench'][f'index-{args.index}'] = bench_index(args.index)
     if args.frozen or args.index: print(json.dumps(found['bench'], indent=1)); return save()
-    sets = {name: read_retrieval(folder_of(name)) for name in SETS if folder_of(name).exists() and (not args.on or name in args.on)}
+    there = {name: read_retrieval(folder_of(name)) for name in SETS if folder_of(name).exists()}
+    sets = {name: data for name, data in there.items() if not args.on or name in args.on}
     if args.evaluator:
         for name, data in sets.items():
             found['evaluator'][name] = by_evaluator(data)
@@ -151,7 +152,7 @@ def main(args):
         if name not in found['controls']: found['controls'][name] = controls(name, data); save()
         print(name, {row: round(found['controls'][name][row]['ndcg@10'], 4) for row in ('bm25', 'base', 'whitened')}, flush=True)
     with tempfile.TemporaryDirectory() as home:
-        parts = {name: halves(name, Path(home)/'sets') for name in sets}
+        parts = {name: halves(name, Path(home)/'sets') for name in there}
         for seed in args.seeds:
             for train in args.train or sets:
                 for loss in args.losses:
@@ -160,7 +161,7 @@ def main(args):
                     found['rows'][key] = measure(train, loss, seed, sets, parts, Path(home))
                     save()
                     print(key, {other: round(found['rows'][key][other]['ndcg@10'], 4) for other in sets}, flush=True)
-        found['summary'] = summary(found, sets, parts)
+        found['summary'] = summary(found, there, parts)
     save()
     for key, line in found['summary'].items(): print(key, line['verdict'])
 
@@ -168,7 +169,7 @@ def main(args):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('train', nargs='*', help=f'training sets, of {", ".join(SETS)}')
-    parser.add_argument('--on', nargs='*', help='sets that are measured; all that are there')
+    parser.add_argument('--on', nargs='*', help='sets that are measured; none named: all that are there')
     parser.add_argument('--losses', nargs='*', default=list(LOSSES))
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
     parser.add_argument('--evaluator', action='store_true')
