@@ -48,6 +48,13 @@ def trained_run(name: str, row: str, rate: float, options: dict) -> str:
     return run
 
 
+def command_of(name: str, rate: float, options: dict, limit: int | None) -> str:
+    "What makes this one row, with the options that are not the defaults."
+    changed = {k: v for k, v in {**options, 'limit': limit}.items() if v != getattr(CompressorConfig, k, None)}
+    told = [f'--{k.replace("_", "-")} {v}' for k, v in changed.items()]
+    return ' '.join(['scripts/measure_compressor.py', name, f'--rates {rate:g}', *told])
+
+
 def measure(name: str, rates: list[float], options: dict, limit: int | None):
     data, path = OTHERS.get(name) or OWN[name][2], project_folder()/f'figures/bench/compressor-{name}.json'
     rows = json.loads(path.read_text())['rows'] if path.exists() else {}
@@ -56,13 +63,12 @@ def measure(name: str, rates: list[float], options: dict, limit: int | None):
         row = '-'.join(part for part in told if part)
         run = trained_run(name if name in OWN else 'world', row, rate, options)
         same, metrics = identical(run, data), evaluate_compressor(run, data, limit=limit, controls=True)
-        rows[row] = {'rate': rate, 'run': run, 'git': git_state(), 'device': device_name(), 'identical_answers': same,
-                     'limit': limit, 'config': asdict(load_compressor_run(run).config), 'metrics': metrics}
+        rows[row] = {'command': command_of(name, rate, options, limit), 'rate': rate, 'run': run, 'git': git_state(),
+                     'device': device_name(), 'identical_answers': same, 'limit': limit, 'config': asdict(load_compressor_run(run).config), 'metrics': metrics}
         columns = ['squad/em', 'squad/f1', 'squad/f1_low', 'squad/f1_high', 'of_text', 'same_as_text']
         tokens = {k: v if v is None else round(v, 3) for k, v in metrics.items() if k.startswith('tokens/')}
         print(f'{name}, {row}', reading_table(metrics)[columns].round(3).to_string(), tokens, sep='\n', flush=True)
-        command = ' '.join(['scripts/measure_compressor.py', name, '--rates', *dict.fromkeys(f"{r['rate']:g}" for r in rows.values())])
-        write_json(path, {'data': data, 'command': command, 'rows': rows})
+        write_json(path, {'data': data, 'rows': rows})
     alike = {r['rate']: r['metrics'] for r in rows.values() if all(r['config'][k] == options[k] for k in ('kind', 'quantize', 'seed'))}
     if len(alike) > 1: save_figure(plot_rates(alike, f'{name}: {options["llm"]}, {options["kind"]}'), path.with_suffix('.png'), close=True)
 

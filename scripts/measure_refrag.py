@@ -5,9 +5,9 @@ The texts tell of four things and then of the same four again, in other words an
 read off what came before, so it matters what of a context is kept. No thing is in two texts.
 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
-7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full
-length but those of the row `curriculum`. For questions the reader stays as it is: trained on these few it learns their answers by heart.
-The encoder learns with a share of the chunks given back as tokens, drawn at random; then the policy chooses them.
+7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
+questions the reader stays as it is: trained on these few it learns their answers by heart. The encoder learns with a share of the chunks
+given back as tokens, drawn at random; then the policy chooses them.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed

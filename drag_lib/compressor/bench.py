@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vector_stream', 'bench_pca', 'bench_nearest']
 
-# %% ../../nbs/34_compressor_bench.ipynb #b8addc09
+# %% ../../nbs/34_compressor_bench.ipynb #45ef5f23
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Iterator
@@ -26,7 +26,7 @@ def _in_own_process(function: str, *arguments, threads: int) -> dict:
     if done.returncode: raise RuntimeError(f'{function} in a process of its own ended with exit code {done.returncode}')
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/34_compressor_bench.ipynb #07e5dc10
+# %% ../../nbs/34_compressor_bench.ipynb #1031b09e
 def vector_stream(n: int, width: int, block: int = 4096, seed: int = 0) -> Iterator[Tensor]:
     "n float32 vectors [≤ block, width] whose standard deviations fall as 1/√i along random directions."
     g = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def _pca_sklearn(n: int, width: int, k: int, block: int, path: str) -> dict:
     save_file({'components': torch.from_numpy(fitted.components_).contiguous(), 'explained': explained}, path)
     return {'seconds': seconds, 'peak_gb': peak_gb() - before, 'data_gb': data}
 
-# %% ../../nbs/34_compressor_bench.ipynb #2490e444
+# %% ../../nbs/34_compressor_bench.ipynb #dff5b6ca
 def bench_pca(
     n: int = 50_000,  # vectors
     width: int = 1024, k: int = 256,
@@ -84,7 +84,7 @@ def _compared(ours: PCA, components: Tensor, explained: float) -> dict:
     return {'angle': angle, 'explained': ours.explained, 'sklearn/explained': explained,
             'explained_difference': abs(ours.explained - explained)}
 
-# %% ../../nbs/34_compressor_bench.ipynb #48cad589
+# %% ../../nbs/34_compressor_bench.ipynb #042edc28
 def _nearest_at(n: int, vocabulary: int, width: int, block: int, k: int) -> dict:
     before, g = peak_gb(), torch.Generator().manual_seed(0)
     table = torch.empty(vocabulary, width, dtype=torch.bfloat16)
