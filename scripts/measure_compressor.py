@@ -64,7 +64,8 @@ def measure(name: str, rates: list[float], options: dict, limit: int | None):
         run = trained_run(name if name in OWN else 'world', row, rate, options)
         same, metrics = identical(run, data), evaluate_compressor(run, data, limit=limit, controls=True)
         rows[row] = {'command': command_of(name, rate, options, limit), 'rate': rate, 'run': run, 'git': git_state(),
-                     'device': device_name(), 'identical_answers': same, 'limit': limit, 'config': asdict(load_compressor_run(run).config), 'metrics': metrics}
+                     'device': device_name(), 'identical_answers': same, 'limit': limit,
+                     'config': asdict(load_compressor_run(run).config), 'metrics': metrics}
         columns = ['squad/em', 'squad/f1', 'squad/f1_low', 'squad/f1_high', 'of_text', 'same_as_text']
         tokens = {k: v if v is None else round(v, 3) for k, v in metrics.items() if k.startswith('tokens/')}
         print(f'{name}, {row}', reading_table(metrics)[columns].round(3).to_string(), tokens, sep='\n', flush=True)
