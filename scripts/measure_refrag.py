@@ -6,8 +6,8 @@ read off what came before, so it matters what of a context is kept. No thing is 
 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
-questions the reader stays as it is: trained on these few it learns their answers by heart. The encoder learns with a share of the chunks
-given back as tokens, drawn at random; then the policy chooses them.
+questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
+few, they learn the answers by heart. They begin with text, of which ever less stands as tokens; nearly every other update says chunks again.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -21,11 +21,12 @@ import sys
 import time
 
 from drag_lib.files import write_json, write_jsonl
+from drag_lib.questions import write_new_questions
 from drag_lib.refrag.train import RefragConfig, evaluate_refrag, train_refrag
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
-WORLD, RETOLD = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz'
+WORLD, RETOLD, NEW = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz', 'data/new-questions/{}.jsonl.gz'
 ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal updates',
         'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
@@ -45,7 +46,7 @@ class Measurement:
     def train(self, name: str, stage: str, start: str | None = None, **changes) -> str:
         name = f'{self.name}-{name}' + ('' if stage == 'pretrain' else f'-k{self.k}')
         began = time.monotonic()
-        updates = vars(self.args).get(f'{stage}_updates', 1)  # instruct counts epochs
+        updates = vars(self.args).get(f'{stage}_updates', 1)  # instruct has one for each eight groups of questions
         settings = self.common | dict(k=8 if stage == 'pretrain' else self.k, updates=updates, eval_every=max(updates//5, 1))
         train_refrag(RefragConfig(**settings | changes, stage=stage, start=start), run=name, resume=True)
         print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
@@ -66,8 +67,9 @@ class Measurement:
         return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
 
     def instruct(self):
-        return self.train('instruct', 'instruct', trainable='frozen', expand=self.args.expand, epochs=self.args.question_epochs,
-                          batch_size=16, eval_every=None)
+        return self.train('instruct', 'instruct', questions=NEW.format(self.args.question_groups), boundaries='sentences', batch_size=8,
+                          expand=.12, expand_start=1., reconstruct_share=.45, val_share=.005, learning_rate=2e-3, encoder_rate=2e-3,
+                          precision='bf16', eval_every=400)
 
     def policy(self):
         return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
@@ -92,6 +94,8 @@ def main(args):
     found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
+    if not (new := project_folder()/NEW.format(args.question_groups)).exists() and {*args.rows or ROWS} & {'questions', 'policy'}:
+        write_new_questions(new, WORLD.format('train'), args.question_groups)
     settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
     for row in args.rows or ROWS:
         for k in args.ks if row == 'text' else args.ks[:1]:
@@ -118,7 +122,7 @@ if __name__ == '__main__':
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
-    parser.add_argument('--question-epochs', type=int, default=2)
+    parser.add_argument('--question-groups', type=int, default=25_600, help='of up to four questions in new names')
     parser.add_argument('--policy-updates', type=int, default=400)
     parser.add_argument('--expand', type=float, default=.12, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['MixedPrompt', 'Chunks', 'cut', 'expand', 'n_chunks', 'passages_prompt', 'Refrag', 'Scored']
 
-# %% ../../nbs/43_model.ipynb #4241d099
+# %% ../../nbs/43_model.ipynb #2c16072b
 import random
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..llm import LLM
-from ..prompts import ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_logits, tokenize
+from ..passages import chunk_texts
+from ..prompts import ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_logits
 from .encoder import ChunkEncoder
 
 # %% ../../nbs/43_model.ipynb #64c05e90
@@ -55,16 +57,18 @@ def expand(
 
 def n_chunks(prompt: MixedPrompt) -> int: return sum(len(piece) for piece in prompt if isinstance(piece, Chunks))
 
-# %% ../../nbs/43_model.ipynb #504dbe64
+# %% ../../nbs/43_model.ipynb #10116be3
 def passages_prompt(
     tokenizer, question: str,
     passages: list[str],  # none is allowed: the question stands alone
     k: int, *,
+    boundaries: Literal['tokens', 'sentences'] = 'tokens',  # where a chunk ends
     question_first: bool = True,
 ) -> MixedPrompt:
-    "Instruction, question and passages (each a line, cut in chunks of k tokens), answer header."
+    "Instruction, question and passages (each a line, cut in chunks of at most k tokens), answer header."
     asked = f'Question: {question}\n'
-    lines = [cut(ids, k) for ids in tokenize(tokenizer, [f' {passage}\n' for passage in passages])]
+    found = chunk_texts(tokenizer, [f' {passage}\n' for passage in passages], k, boundaries)
+    lines = [Chunks(found.ids[a:b]) for a, b in pairwise(found.ptr.tolist())]
     if question_first: return [f'{INSTRUCTION}\n{asked}Passages:\n', *lines, ANSWER_HEADER]
     return [f'{INSTRUCTION}\nPassages:\n', *lines, asked, ANSWER_HEADER]
 
@@ -104,11 +108,11 @@ def _checked(llm: LLM, batch: PromptBatch) -> PromptBatch:
                          'compress more (k), or give max_length to drop passages')
     return batch
 
-# %% ../../nbs/43_model.ipynb #ec8595ff
+# %% ../../nbs/43_model.ipynb #1864761a
 class Scored(NamedTuple):
     "The targets of B prompts as the decoder sees them, right-aligned."
     losses: Tensor  # [B, n] float32: -log p of each token; 0 at padding
-    labels: Tensor  # [B, n] int64: the tokens; -100 at padding
+    labels: Tensor  # [B, n] int64: the tokens; -100 at padding, and where they are not counted
     predicted: Tensor  # [B, n] int64: the most probable token
     n_tokens: Tensor  # [B] int64: positions of the prompts, BOS included, without the targets
     n_dropped: Tensor  # [B] int64: stretches of chunks that were left out
@@ -119,25 +123,33 @@ class Scored(NamedTuple):
     def mean(self) -> Tensor: return self.losses.sum(1)/self.real.sum(1)  # [B]
 
 def _score(
-    self: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], *, max_length: int | None = None,  # targets included
+    self: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], *,
+    counted: list[list[bool]] | None = None,  # which tokens of the targets; none: all
+    max_length: int | None = None,  # targets included
 ) -> Scored:
-    "Score the target ids after each prompt. ValueError for an empty target, one that nothing stands before, or no room in the window."
+    "Score the target ids after each prompt. ValueError where nothing is to be scored, nothing stands before it, or it does not fit."
     if len(prompts) != len(targets): raise ValueError(f'{len(prompts)} prompts but {len(targets)} targets')
-    for i, ids in enumerate(targets):
-        if not ids: raise ValueError(f'target {i} is empty: give it at least one token')
+    counted = [[True]*len(ids) for ids in targets] if counted is None else counted
+    if [*map(len, counted)] != [*map(len, targets)]: raise ValueError('counted: give one value a token of each target')
+    for i, some in enumerate(counted):
+        if not any(some): raise ValueError(f'target {i} is empty: give it at least one token')
     mixed = [[*prompt, ids] for prompt, ids in zip(prompts, targets)]
     batch, n = self.batch(mixed, max_length=max_length), max(map(len, targets))
     n_before = batch.n_tokens - torch.tensor([len(ids) for ids in targets], device=batch.n_tokens.device)
     if not n_before.all(): raise ValueError(f'nothing stands before target {n_before.tolist().index(0)}, and {self.llm.name} has no BOS')
-    labels = torch.tensor([[-100]*(n - len(ids)) + ids for ids in targets], device=self.llm.device)
+    labels = torch.tensor([[-100]*(n - len(ids)) + [token if on else -100 for token, on in zip(ids, some)]
+                           for ids, some in zip(targets, counted)], device=self.llm.device)
     logits = last_logits(self.llm, batch, n + 1)[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction='none').view(labels.shape)
     return Scored(losses, labels, logits.argmax(-1), n_before, batch.n_dropped)
 
-def _forward(self: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], max_length: int | None = None) -> dict:
+def _forward(
+    self: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], counted: list[list[bool]] | None = None,
+    max_length: int | None = None,
+) -> dict:
     "What `fit` takes: the mean over rows of their mean loss; `first` and `last` token's loss, and `accuracy`, teacher-forced."
-    s = self.score(prompts, targets, max_length=max_length)
-    first = s.real.int().argmax(1, keepdim=True)  # right-aligned: the first label is the first real one
+    s = self.score(prompts, targets, counted=counted, max_length=max_length)
+    first = s.real.int().argmax(1, keepdim=True)
     parts = {'first': s.losses.gather(1, first).mean(), 'last': s.losses[:, -1].mean(),
              'accuracy': (((s.predicted == s.labels) & s.real).sum(1)/s.real.sum(1)).mean(), 'n_dropped': s.n_dropped.float().mean()}
     return {'loss': s.mean.mean(), 'n_items': len(prompts), 'parts': {name: x.detach() for name, x in parts.items()}}

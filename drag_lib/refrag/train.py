@@ -6,16 +6,17 @@
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
            'question_prompts', 'answer_ids', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_vectors',
            'question_vectors', 'choose_chunks', 'policy_scores', 'PolicyTask', 'exact_recall', 'score_texts',
-           'answer_questions', 'split_texts', 'split_questions', 'train_refrag', 'plot_stage', 'context_prompts',
-           'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
+           'answer_questions', 'split_texts', 'grouped', 'split_questions', 'group_targets', 'chunk_rows',
+           'expanded_share', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
+           'evaluate_refrag', 'diagnose_refrag']
 
-# %% ../../nbs/45_refrag.ipynb #59314759
+# %% ../../nbs/45_refrag.ipynb #a99208fe
 import gzip, json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ from ..files import atomic_path, write_json, write_jsonl
 from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
-from ..prompts import NO_ANSWER, generate, tokenize
+from ..prompts import ANSWER_HEADER, NO_ANSWER, generate, tokenize
 from ..records import ReadingRecord, read_reading
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
@@ -39,7 +40,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #a816bb2b
+# %% ../../nbs/45_refrag.ipynb #6e550b25
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -64,7 +65,10 @@ class RefragConfig(TrainConfig):
     n_context: Positive = 64  # s: tokens before those that are predicted; at most, with a curriculum
     n_next: Positive = 32  # o: tokens that are predicted after them
     order: Literal['stages', 'shuffled', 'longest'] = 'stages'  # reconstruct, cpt: lengths by curriculum, mixed, or all n_context
+    boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
+    expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
+    reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
     val_share: Share = .1  # of the texts, drawn by the seed: never trained on
     val_rows: Positive = 64  # rows of text, or questions, that choose the best checkpoint
@@ -88,6 +92,8 @@ class RefragConfig(TrainConfig):
             raise ValueError(f'n_context = {self.n_context} is no stage of the curriculum at k = {self.k}: give one of {lengths}')
         if self.stage == 'policy' and not (self.start and 0 < self.expand < 1):
             raise ValueError('the policy needs the run whose decoder rewards it, and how much to expand: give start, and expand above 0')
+        if self.expand_start is not None and self.epochs > 1:
+            raise ValueError('expand_start falls over one epoch: leave epochs at 1, and give more questions')
         if self.start and self.llm: raise ValueError('start brings its own decoder: leave llm out')
 
     @property
@@ -148,7 +154,7 @@ class Rows:
         every = [ids[i:i + self.longest] for ids in self.texts for i in range(0, len(ids) - self.longest + 1, self.longest)]
         return random.Random(seed).sample(every, min(most, len(every)))
 
-# %% ../../nbs/45_refrag.ipynb #76b8dcab
+# %% ../../nbs/45_refrag.ipynb #9b8d6dd2
 def text_prompts(
     config: RefragConfig, llm: LLM, rows: list[list[int]],  # of one length
     rng: random.Random | None = None,  # to leave a share of the chunks as tokens; none: all stand as vectors
@@ -163,7 +169,7 @@ def text_prompts(
 def _start(llm: LLM) -> int: return llm.eos_id if llm.bos_id is None else llm.bos_id
 
 def question_prompts(
-    config: RefragConfig, tokenizer, records: list[ReadingRecord],
+    config: RefragConfig, tokenizer, records: list[ReadingRecord],  # `config`: n_passages, k, boundaries, question_first, seed
 ) -> tuple[list[MixedPrompt], list[str]]:
     "(prompts, answers): the gold passages among others of the record, in an order drawn by the seed; 'unknown' where there is no answer."
     prompts = []
@@ -173,7 +179,7 @@ def question_prompts(
         kept = [*gold, *rng.sample(others, min(len(others), max(0, config.n_passages - len(gold))))]
         rng.shuffle(kept)
         prompts.append(passages_prompt(tokenizer, record.question, [record.context[i] for i in kept], config.k,
-                                       question_first=config.question_first))
+                                       boundaries=config.boundaries, question_first=config.question_first))
     return prompts, [next(iter(record.answers), NO_ANSWER) for record in records]
 
 def answer_ids(llm: LLM, answers: list[str]) -> list[list[int]]:
@@ -439,33 +445,74 @@ def _text_work(config: RefragConfig, model: Refrag) -> _Work:
     measure = lambda model: score_texts(model, prompts, targets, micro_batches(config)[0])
     return _Work(model, items, collate, measure, 'loss', False, False, counts)
 
-# %% ../../nbs/45_refrag.ipynb #f174c300
-def split_questions(config: RefragConfig) -> tuple[list[ReadingRecord], list[ReadingRecord], dict]:
-    "(records to train on, held-out ones, counts)."
+# %% ../../nbs/45_refrag.ipynb #28dc79d8
+def grouped(records: list[ReadingRecord]) -> list[list[ReadingRecord]]:
+    "Records that follow one another with the same passages, together."
+    return [list(group) for _, group in groupby(records, lambda r: r.context)]
+
+def split_questions(config: RefragConfig) -> tuple[list[list[ReadingRecord]], list[ReadingRecord], dict]:
+    "(groups of records to train on, held-out records, counts)."
     bad = []
-    records = read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions]
-    train, held = ([records[i] for i in part] for part in _split(len(records), config.val_share, config.seed))
+    groups = grouped(read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions])
+    train, held = ([groups[i] for i in part] for part in _split(len(groups), config.val_share, config.seed))
+    held = [r for group in held for r in group]
     held = random.Random(config.seed).sample(held, min(config.val_rows, len(held)))
-    return train, held, {'n_questions': len(train), 'n_malformed': len(bad), 'n_val_rows': len(held)}
+    return train, held, {'n_questions': sum(map(len, train)), 'n_malformed': len(bad), 'n_val_rows': len(held)}
+
+def _with_all(group: list[ReadingRecord]) -> ReadingRecord:
+    "A group's first record, with all passages as gold where there are others: each question needs its own."
+    return group[0] if len(group) == 1 else group[0].model_copy(update={'gold': [*range(len(group[0].context))]})
+
+def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[list[int]], list[list[bool]]]:
+    "(ids of each group's first answer, then its other questions with their answers; which of them are answers or their EOS)."
+    texts = [[(text, counted) for i, r in enumerate(group) for text, counted in (
+        *([(f'Question: {r.question}\n', False), (ANSWER_HEADER, False)] if i else []), (f' {next(iter(r.answers), NO_ANSWER)}', True))]
+        for group in groups]
+    ids = iter(tokenize(llm.tokenizer, [text for row in texts for text, _ in row]))
+    rows = [[(token, counted) for _, counted in row for token in next(ids) + [llm.eos_id]*counted] for row in texts]
+    return [[token for token, _ in row] for row in rows], [[counted for _, counted in row] for row in rows]
+
+# %% ../../nbs/45_refrag.ipynb #bd4c299a
+_CHUNKS_A_ROW, _FALLING = (1, 2, 4, 8), .6
+
+def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Random) -> tuple[list[MixedPrompt], list[list[int]]]:
+    "(prompts, target ids) that reconstruct at most `most` of the prompts' different chunks, a row as many as the next."
+    chunks = sorted({tuple(c) for prompt in prompts for c in _chunks_of(prompt)})
+    chunks = [list(c) for c in rng.sample(chunks, min(most, len(chunks)))]
+    n = min(rng.choice(_CHUNKS_A_ROW), len(chunks))
+    rows = [chunks[i:i + n] for i in range(0, len(chunks) - n + 1, n)]
+    return [[Chunks(row), [bos]] for row in rows], [[token for c in row for token in c] for row in rows]
+
+def expanded_share(config: RefragConfig, place: float, rng: random.Random) -> float:
+    "Share of the chunks that stand as tokens in an update at `place` (0 to 1) of the training."
+    if config.expand_start is None: return config.expand
+    mean = config.expand + (config.expand_start - config.expand)*max(0., 1 - place/_FALLING)
+    return min(1., 2*mean*rng.random())
 
 def _question_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
+    order = random.Random(f'order {config.seed}').sample(range(len(train)), len(train))
     def collate(items):
-        prompts, answers = question_prompts(config, model.llm.tokenizer, [train[i] for i in items])
-        if config.expand: prompts = expand(prompts, config.expand, random.Random(f'{config.seed} {items[0]}'))
-        return {'prompts': prompts, 'targets': answer_ids(model.llm, answers), 'max_length': config.max_length}
+        rng, groups = random.Random(f'{config.seed} {items[0]}'), [train[order[i]] for i in items]
+        prompts, _ = question_prompts(config, model.llm.tokenizer, [_with_all(group) for group in groups])
+        if rng.random() < config.reconstruct_share and any(n_chunks(p) for p in prompts):
+            return dict(zip(('prompts', 'targets'), chunk_rows(prompts, _start(model.llm), 32*len(items), rng)))
+        if share := expanded_share(config, items[0]/len(train), rng): prompts = expand(prompts, share, rng)
+        targets, counted = group_targets(model.llm, groups)
+        return {'prompts': prompts, 'targets': targets, 'counted': counted, 'max_length': config.max_length}
     def measure(model):
         prompts, answers = question_prompts(config, model.llm.tokenizer, held)
         metrics, _ = answer_questions(model, prompts, held, config, micro_batches(config)[0])
         return metrics | {'loss': score_texts(model, prompts, answer_ids(model.llm, answers), micro_batches(config)[0])['loss']}
-    return _Work(model, list(range(len(train))), collate, measure, 'squad/f1', True, True, counts)
+    return _Work(model, list(range(len(train))), collate, measure, 'squad/f1', True, config.expand_start is None, counts)
 
-# %% ../../nbs/45_refrag.ipynb #21222600
+# %% ../../nbs/45_refrag.ipynb #6d03dff0
 def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
     set_seed(config.seed)
     task = PolicyTask(model, _new_policy(config, model.llm), rate=config.expand, group=config.group, clip=config.clip)
     rng, size = random.Random(config.seed), config.batch_size
+    train = [r for group in train for r in group]
     cycles = [[rng.randrange(len(train)) for _ in range(size)] for _ in range(math.ceil(config.updates/config.passes))]
     items = [(i, n, again) for n, cycle in enumerate(cycles) for again in range(config.passes) for i in cycle][:config.updates*size]
     def collate(items):
