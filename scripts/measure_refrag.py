@@ -7,7 +7,7 @@ read off what came before, so it matters what of a context is kept. No thing is 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
 questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
-few, they learn the answers by heart. They begin with text, of which ever less stands as tokens; nearly every other update says chunks again.
+few, they learn the answers by heart. They begin with text, of which ever less stands as tokens; near half of the updates reconstruct chunks.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -94,7 +94,7 @@ def main(args):
     found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
-    if not (new := project_folder()/NEW.format(args.question_groups)).exists() and {*args.rows or ROWS} & {'questions', 'policy'}:
+    if not (new := project_folder()/NEW.format(args.question_groups)).exists() and {*(args.rows or ROWS)} & {'questions', 'policy'}:
         write_new_questions(new, WORLD.format('train'), args.question_groups)
     settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
     for row in args.rows or ROWS:
