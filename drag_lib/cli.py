@@ -124,12 +124,14 @@ def _app(debug: Annotated[bool, typer.Option('--debug', help='Show the traceback
 
 def _wants_help(words) -> bool: return any(w in ('--help', '-h') for w in words)
 
-# %% ../nbs/91_cli.ipynb #6092e693
+# %% ../nbs/91_cli.ipynb #7221568c
 DATA = {  # command -> module and function, those it passes options on to, usage, renamed parameters
     'world': ('drag_lib.world', 'write_world', ('drag_lib.world', 'build_world'), '--out DIR [options]', {}),
     'convert': ('drag_lib.records', 'convert_questions', ('drag_lib.graphs', 'extract_subgraphs'), 'IN --out F.jsonl.gz [options]', {}),
     'split': ('drag_lib.records', 'split_file', None, 'IN --out DIR [options]', {'out': 'out_dir'}),
-    'pairs': ('drag_lib.embedder.data', 'make_pairs', None, 'IN --out F.jsonl.gz [options]', {})}
+    'pairs': ('drag_lib.embedder.data', 'make_pairs', None, 'IN --out F.jsonl.gz [options]', {}),
+    'questions': ('drag_lib.questions', 'write_new_questions', ('drag_lib.questions', 'new_questions'), 'IN --out F.jsonl.gz [options]',
+                  {})}
 _json_option = _Option(bool, False, 'print one flat JSON object')
 
 def _data_options(function, passed_on, renamed: dict) -> dict[str, _Option]:
@@ -176,6 +178,11 @@ def _split(ctx: typer.Context):
 def _pairs(ctx: typer.Context):
     "Training pairs for the embedder from one's own documents."
     _data('pairs', ctx.args)
+
+@data_app.command('questions', context_settings=_words)
+def _questions(ctx: typer.Context):
+    "Reading questions in ever new names, to train on."
+    _data('questions', ctx.args)
 
 # %% ../nbs/91_cli.ipynb #bc61fd08
 def _limits(texts: list[str], defaults: dict) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'ANSWER_HEADER', 'JOIN', 'NO_ANSWER', 'Piece', 'Prompt', 'Evidence', 'answer_text', 'tokenize',
-           'PromptBatch', 'build_batch', 'base_model', 'last_logits', 'answer_loss', 'AnswerTrie', 'Generations',
-           'generate', 'reference_greedy']
+           'PromptBatch', 'build_batch', 'base_model', 'last_logits', 'answer_loss', 'last_attention', 'AnswerTrie',
+           'Generations', 'generate', 'reference_greedy']
 
 # %% ../nbs/12_prompts.ipynb #fc56d952
 import inspect
@@ -167,6 +167,19 @@ def answer_loss(
     mean_before = lambda values: (values[:, :-1].detach()*before).sum(1)/before.sum(1)
     parts = {'answer': mean_before(loss), 'eos': loss[:, -1].detach(), 'p_eos_before': mean_before(log_p[..., labels[0, -1]].exp())}
     return (loss*weights).sum(1)/weights.sum(1), parts
+
+# %% ../nbs/12_prompts.ipynb #747b7082
+@torch.no_grad()
+def last_attention(llm: LLM, batch: PromptBatch) -> Tensor:  # [B, layers·heads, T], float32
+    "Weights that each row's last position gives to each position, in every attention layer and head. ValueError for a model without any."
+    model = base_model(llm)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation('eager')
+    try: layers = llm.model(**_inputs(llm, batch), use_cache=False, output_attentions=True).attentions
+    finally: model.set_attn_implementation(usual)
+    layers = [layer[:, :, -1].float() for layer in layers or () if layer is not None]
+    if not layers: raise ValueError(f'{llm.name} has no attention layer: there are no weights to look at')
+    return torch.cat(layers, 1)
 
 # %% ../nbs/12_prompts.ipynb #c474c58c
 class _Node:

@@ -61,7 +61,7 @@ def _retold(texts: list[str], answers: list[str], names: NewNames, rng: random.R
     if len({*new.values()}) < len(new): return _retold(texts, answers, names, rng, share)  # two things of one name
     return renamed(texts, new), [new[answer] for answer in answers]
 
-# %% ../nbs/20_questions.ipynb #f1032396
+# %% ../nbs/20_questions.ipynb #babf1de3
 def _invented(names: Names, rng: random.Random, n_asked: int) -> tuple[list[str], list[tuple[str, list[str]]]]:
     "(passages, questions with at most one answer) about 3 to 14 facts."
     while True:
@@ -72,8 +72,8 @@ def _invented(names: Names, rng: random.Random, n_asked: int) -> tuple[list[str]
 
 def new_questions(
     records: list[ReadingRecord],  # with `gold`; those without are left alone
-    n: int,  # groups
-    *, n_passages: int = 4,  # of a group, the gold ones included; three in ten have fewer
+    n: int, *,  # groups
+    n_passages: int = 4,  # of a group, the gold ones included; three in ten have fewer
     n_asked: int = 4,  # questions of a group at most
     invented: float = .3,  # share of groups about invented facts
     share: float = .8,  # of the names that are not answers, which get a new one
@@ -102,17 +102,23 @@ def new_questions(
         yield [ReadingRecord(id=f'new-{number}.{i}', question=question, context=passages, answers=answers, gold=some)
                for i, ((question, answers), some) in enumerate(zip(asked, gold))]
 
-# %% ../nbs/20_questions.ipynb #2772229d
+# %% ../nbs/20_questions.ipynb #768d7b2c
 def write_new_questions(
+    source: str | Path,  # reading records: a file or a data set folder
     out: str | Path,  # .jsonl or .jsonl.gz
-    records: str | Path,  # reading records: a file or a data set folder
-    n: int, *,
-    seed: int = 0, progress: bool = True, **options,  # of `new_questions`
-) -> dict:  # {'groups', 'questions', 'unanswerable'}
-    "Write `n` groups of questions, whole or not at all."
+    *, n: int = 10_000,  # groups
+    seed: int = 0,
+    skipped: list | None = None,
+    **options,  # of `new_questions`
+) -> dict:
+    "Write groups of questions about the same passages, in new names, whole or not at all; returns {'counts': …}."
     from tqdm import tqdm
-    found = read_reading(project_path(records))
-    groups = list(tqdm(new_questions(found, n, seed=seed, **options), 'new questions', total=n, disable=not progress))
-    every = [r for group in groups for r in group]
-    write_reading(every, project_path(out))
-    return {'groups': len(groups), 'questions': len(every), 'unanswerable': sum(not r.answers for r in every)}
+    records = read_reading(project_path(source), skipped)
+    counts = {'groups': n, 'questions': 0, 'unanswerable': 0}
+    def rows():
+        for group in tqdm(new_questions(records, n, seed=seed, **options), 'new questions', total=n):
+            counts['questions'] += len(group)
+            counts['unanswerable'] += sum(not r.answers for r in group)
+            yield from group
+    write_reading(rows(), project_path(out))
+    return {'counts': counts}

@@ -7,7 +7,7 @@ read off what came before, so it matters what of a context is kept. No thing is 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
 questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
-few, they learn the answers by heart. They begin with text, of which ever less stands as tokens; near half of the updates reconstruct chunks.
+few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -21,8 +21,12 @@ import sys
 import time
 
 from drag_lib.files import write_json, write_jsonl
+from drag_lib.llm import load_llm
 from drag_lib.questions import write_new_questions
-from drag_lib.refrag.train import RefragConfig, evaluate_refrag, train_refrag
+from drag_lib.records import read_reading
+from drag_lib.refrag.encoder import ChunkEncoder
+from drag_lib.refrag.model import Refrag
+from drag_lib.refrag.train import RefragConfig, answer_questions, evaluate_refrag, question_prompts, train_refrag
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
@@ -32,7 +36,8 @@ ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal 
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 of the reader on 4 passages: as vectors, with a share of them as tokens, as text',
-        'policy': 'questions at equal rate: policy, perplexity, similarity, random'}
+        'policy': 'questions at equal rate: policy, attention, perplexity, similarity, first, last, random',
+        'blind policy': 'the same with a policy that is shown vectors and question, as the paper’s, but not the attention'}
 
 
 class Measurement:
@@ -67,21 +72,32 @@ class Measurement:
         return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
 
     def instruct(self):
-        return self.train('instruct', 'instruct', questions=NEW.format(self.args.question_groups), boundaries='sentences', batch_size=8,
-                          expand=.12, expand_start=1., reconstruct_share=.45, val_share=.005, learning_rate=2e-3, encoder_rate=2e-3,
-                          precision='bf16', eval_every=400)
+        return self.train('instruct', 'instruct', **self.new_questions(), batch_size=8, expand=.12, expand_start=1., text_share=.15,
+                          reconstruct_share=.35, learning_rate=2e-3, encoder_rate=2e-3, precision='bf16', eval_every=400)
 
-    def policy(self):
-        return self.train('policy', 'policy', self.instruct(), expand=self.args.expand, updates=self.args.policy_updates,
-                          eval_every=max(self.args.policy_updates//4, 1), optimizer='adamw', learning_rate=3e-4)
+    def new_questions(self): return dict(questions=NEW.format(self.args.question_groups), val_share=.005, boundaries='sentences')
+
+    def policy(self, attention: bool):
+        return self.train(f'policy-{attention}', 'policy', self.instruct(), **self.new_questions(), policy_attention=attention,
+                          expand=self.args.expand, updates=self.args.policy_updates, batch_size=16,
+                          eval_every=max(self.args.policy_updates//4, 1), optimizer='adamw', learning_rate=3e-3)
 
     def measure(self, row: str) -> dict:
         if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
-        if row == 'questions': return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True)
-        return evaluate_refrag(self.policy(), WORLD.format('test'), limit=self.args.limit, controls=True)
+        if row == 'questions':
+            return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True) | self.reader()
+        return evaluate_refrag(self.policy(row == 'policy'), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
+
+    def reader(self) -> dict:
+        "The reader as it comes, all passages as text."
+        llm, config = load_llm('reader-tiny'), RefragConfig(stage='instruct', k=1, seed=self.seed)
+        records = read_reading(project_folder()/WORLD.format('test'))[:self.args.limit]
+        prompts, _ = question_prompts(config, llm.tokenizer, records)
+        metrics, _ = answer_questions(Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), prompts, records, config)
+        return {f'reader/{name}': value for name, value in metrics.items()}
 
     def figures(self, run: str) -> dict:
         r = load_run(run)
@@ -94,8 +110,9 @@ def main(args):
     found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
-    if not (new := project_folder()/NEW.format(args.question_groups)).exists() and {*(args.rows or ROWS)} & {'questions', 'policy'}:
-        write_new_questions(new, WORLD.format('train'), args.question_groups)
+    new = project_folder()/NEW.format(args.question_groups)
+    if {*(args.rows or ROWS)} & {'questions', 'policy', 'blind policy'} and not new.exists():
+        write_new_questions(WORLD.format('train'), new, n=args.question_groups)
     settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
     for row in args.rows or ROWS:
         for k in args.ks if row == 'text' else args.ks[:1]:
@@ -123,8 +140,8 @@ if __name__ == '__main__':
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-groups', type=int, default=25_600, help='of up to four questions in new names')
-    parser.add_argument('--policy-updates', type=int, default=400)
-    parser.add_argument('--expand', type=float, default=.12, help='share of the chunks that the policy gives back as tokens')
+    parser.add_argument('--policy-updates', type=int, default=240)
+    parser.add_argument('--expand', type=float, default=.07, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
     parser.add_argument('--encoder-rate', type=float, default=3e-3)
     parser.add_argument('--limit', type=int, default=200, help='rows of text, and questions')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixedPrompt', 'Chunks', 'cut', 'expand', 'n_chunks', 'passages_prompt', 'Refrag', 'Scored']
 
-# %% ../../nbs/43_model.ipynb #2c16072b
+# %% ../../nbs/43_model.ipynb #2eb7d9d4
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..llm import LLM
 from ..passages import chunk_texts
-from ..prompts import ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_logits
+from ..prompts import (ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_attention,
+                              last_logits)
 from .encoder import ChunkEncoder
 
 # %% ../../nbs/43_model.ipynb #64c05e90
@@ -107,6 +108,18 @@ def _checked(llm: LLM, batch: PromptBatch) -> PromptBatch:
         raise ValueError(f'a prompt of {int(batch.n_tokens.max())} positions does not fit the window of {llm.name}, {window}: '
                          'compress more (k), or give max_length to drop passages')
     return batch
+
+# %% ../../nbs/43_model.ipynb #d9932df4
+def _attention(self: Refrag, prompts: list[MixedPrompt]) -> Tensor:  # [B, L, layers·heads], 0 at padding
+    "Attention of each prompt's last position to each of its chunks, all as vectors. ValueError for a decoder without attention."
+    batch = self.batch(expand(prompts, [set()]*len(prompts)))
+    weights, given = last_attention(self.llm, batch).transpose(1, 2), batch.input_ids == -1
+    is_chunk = [[isinstance(piece, Chunks) for piece in prompt if not isinstance(piece, str) for _ in range(len(piece))]
+                for prompt in prompts]
+    rows = [row[at][torch.tensor(some, dtype=torch.bool, device=at.device)] for row, at, some in zip(weights, given, is_chunk)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+Refrag.attention = _attention
 
 # %% ../../nbs/43_model.ipynb #1864761a
 class Scored(NamedTuple):

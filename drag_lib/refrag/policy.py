@@ -30,14 +30,15 @@ def n_expanded(
     n = (n_chunks*rate + .5).floor().long()
     return n.clamp_min(1).minimum(n_chunks) if rate > 0 else n
 
-# %% ../../nbs/44_policy.ipynb #2b21afcc
+# %% ../../nbs/44_policy.ipynb #dc830389
 @dataclass(frozen=True)
 class PolicyConfig:
-    "Sizes of the policy, and whether it is shown the question."
+    "Sizes of the policy, and what it is shown beside the chunks."
     hidden: int = 128
     n_layers: int = 2
     n_heads: int = 4
     question: bool = False  # True: `forward` is given the question's vector
+    n_attention: int = 0  # layers times heads of the decoder, where `forward` is given what its last position attends to
 
 def _sinusoids(n: int, width: int, like: Tensor) -> Tensor:  # [n, width]
     "Sines and cosines of the positions (Vaswani et al. 2017)."
@@ -58,27 +59,33 @@ class ChunkPolicy(nn.Module):
         self.layers = nn.TransformerEncoder(layer, config.n_layers, nn.LayerNorm(config.hidden), enable_nested_tensor=False)
         self.score = nn.Linear(config.hidden, 1)
         nn.init.zeros_(self.score.weight); nn.init.zeros_(self.score.bias)
+        if config.n_attention: self.heads = nn.Parameter(torch.zeros(config.n_attention))
 
     def forward(
         self, vectors: Tensor,  # [B, L, width]: chunk vectors; what stands at padding does not matter
         mask: Tensor,  # [B, L], bool: True at chunks
         question: Tensor | None = None,  # [B, width], where the config asks for it
+        attention: Tensor | None = None,  # [B, L, n_attention], weights of each chunk in each head, likewise
     ) -> Tensor:  # [B, L], float32: -inf at padding
-        "Scores of the chunks. ValueError for vectors of another width, or a question missing or not asked for."
-        self._check(vectors, question)
+        "Scores of the chunks. ValueError for vectors of another width, or what is missing or not asked for."
+        self._check(vectors, question, attention)
         whole = lambda x: F.layer_norm(x.to(self.chunk.weight.dtype), (self.width,))  # the same scale, whatever the projector's norm
         inputs = self.chunk(whole(vectors.masked_fill(~mask[..., None], 0.)))
         inputs = inputs + _sinusoids(inputs.shape[1], inputs.shape[2], inputs)
         start = self.start(whole(question)) if self.config.question else self.start.expand(len(inputs), -1)
         padding = F.pad(~mask, (1, 0))  # the first position is never padding: a row without chunks is no row of NaN
         states = self.layers(torch.cat([start[:, None], inputs], 1), src_key_padding_mask=padding)[:, 1:]
-        return self.score(states)[..., 0].float().masked_fill(~mask, -torch.inf)
+        scores = self.score(states)[..., 0].float()
+        if attention is not None: scores = scores + (attention + 1e-4).log()@self.heads
+        return scores.masked_fill(~mask, -torch.inf)
 
-    def _check(self, vectors, question):
+    def _check(self, vectors, question, attention):
         if vectors.ndim != 3 or vectors.shape[2] != self.width:
             raise ValueError(f'chunk vectors of shape {list(vectors.shape)}: the policy takes [B, L, {self.width}]')
         if (question is None) == self.config.question:
             raise ValueError('this policy needs the question’s vector' if question is None else 'this policy is not made for a question')
+        shown = 0 if attention is None else attention.shape[-1]
+        if shown != self.config.n_attention: raise ValueError(f'attention of {shown} heads: this policy takes {self.config.n_attention}')
 
 # %% ../../nbs/44_policy.ipynb #37a2ce3e
 def sample_chunks(

@@ -10,7 +10,7 @@ __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_pas
            'expanded_share', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
            'evaluate_refrag', 'diagnose_refrag']
 
-# %% ../../nbs/45_refrag.ipynb #a99208fe
+# %% ../../nbs/45_refrag.ipynb #70eb5bb9
 import gzip, json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ from ..files import atomic_path, write_json, write_jsonl
 from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
-from ..prompts import ANSWER_HEADER, NO_ANSWER, generate, tokenize
+from ..prompts import ANSWER_HEADER, NO_ANSWER, build_batch, generate, last_attention, tokenize
 from ..records import ReadingRecord, read_reading
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
@@ -40,7 +40,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #6e550b25
+# %% ../../nbs/45_refrag.ipynb #85d60112
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -68,6 +68,7 @@ class RefragConfig(TrainConfig):
     boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
     expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
+    text_share: Share = 0.  # instruct: of the updates, those with all chunks as tokens
     reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
     val_share: Share = .1  # of the texts, drawn by the seed: never trained on
@@ -81,6 +82,7 @@ class RefragConfig(TrainConfig):
     max_new_tokens: Positive = 24  # of an answer
     policy_hidden: Positive = 128  # width of the policy's two layers
     policy_question: bool = True  # whether it is shown the question
+    policy_attention: bool = False  # whether it is shown what the decoder attends to, which costs a pass over the vectors
     group: Annotated[int, Field(ge=2)] = 4  # choices drawn for a question
     passes: Positive = 2  # updates made of the same choices
     clip: Rate = .2  # bounds the ratio of probabilities
@@ -241,7 +243,7 @@ def save_refrag(run: Run, config: RefragConfig, model: Refrag, state: dict, poli
         state['policy'] = run.name
     write_json(run.folder/_STATE, state)
 
-# %% ../../nbs/45_refrag.ipynb #6e7f2837
+# %% ../../nbs/45_refrag.ipynb #0d3ab5e3
 def load_refrag(run: str) -> tuple[Refrag, ChunkPolicy | None, RefragConfig]:
     "(a finished run's model in evaluation mode, its policy if one was trained, its config). RunError where the run holds none."
     from safetensors.torch import load_file
@@ -259,10 +261,12 @@ def load_refrag(run: str) -> tuple[Refrag, ChunkPolicy | None, RefragConfig]:
     return Refrag(llm, encoder, config.k).eval(), policy and policy.eval(), config
 
 def _new_policy(config: RefragConfig, llm: LLM) -> ChunkPolicy:
-    return ChunkPolicy(llm.width, PolicyConfig(hidden=config.policy_hidden, question=config.policy_question)).to(llm.device)
+    heads = last_attention(llm, build_batch(llm, [['.']])).shape[1] if config.policy_attention else 0
+    return ChunkPolicy(llm.width, PolicyConfig(
+        hidden=config.policy_hidden, question=config.policy_question, n_attention=heads)).to(llm.device)
 
-# %% ../../nbs/45_refrag.ipynb #5015894b
-SELECTORS = ('random', 'first', 'last', 'similarity', 'perplexity', 'policy')
+# %% ../../nbs/45_refrag.ipynb #9cb5c5e6
+SELECTORS = ('random', 'first', 'last', 'similarity', 'perplexity', 'attention', 'policy')
 
 def _chunks_of(prompt: MixedPrompt) -> list[list[int]]: return [c for piece in prompt if isinstance(piece, Chunks) for c in piece.ids]
 
@@ -297,20 +301,24 @@ def choose_chunks(
         features = model.encoder.features
         scores = similarity_scores(chunk_vectors(features, prompts, model.encoder.width, device)[0], mask,
                                    question_vectors(features, model.llm, questions, model.k))
-    else: scores = policy_scores(model, policy, vectors, mask, questions)
+    elif selector == 'attention': scores = model.attention(prompts).mean(-1).masked_fill(~mask, -torch.inf)
+    else: scores = policy_scores(model, policy, prompts, vectors, mask, questions)
     chosen = best_chunks(scores, n_expanded(mask.sum(-1), rate))
     return [{i for i in row if i >= 0} for row in chosen.tolist()]
 
-# %% ../../nbs/45_refrag.ipynb #ed546fa6
-def policy_scores(model: Refrag, policy: ChunkPolicy | None, vectors: Tensor, mask: Tensor, questions: list[str] | None) -> Tensor:
+# %% ../../nbs/45_refrag.ipynb #9b977717
+def policy_scores(
+    model: Refrag, policy: ChunkPolicy | None, prompts: list[MixedPrompt], vectors: Tensor, mask: Tensor, questions: list[str] | None,
+) -> Tensor:
     "The policy's scores [B, L]. ValueError where there is no policy, or it needs questions and there are none."
     if policy is None: raise ValueError('this run has no policy: train the stage `policy`')
-    if not policy.config.question: return policy(vectors, mask)
-    if questions is None: raise ValueError('this policy was trained to be shown the question, and there is none')
-    with torch.no_grad(): asked = question_vectors(model.encoder, model.llm, questions, model.k)
-    return policy(vectors, mask, asked)
+    if policy.config.question and questions is None: raise ValueError('this policy was trained to be shown the question, and there is none')
+    with torch.no_grad():
+        asked = question_vectors(model.encoder, model.llm, questions, model.k) if policy.config.question else None
+        seen = model.attention(prompts) if policy.config.n_attention else None
+    return policy(vectors, mask, asked, seen)
 
-# %% ../../nbs/45_refrag.ipynb #579ef25e
+# %% ../../nbs/45_refrag.ipynb #bd78f3e9
 class PolicyTask(nn.Module):
     "A policy with a frozen REFRAG model that rewards it. forward(prompts, targets, questions, key, again) → {'loss', 'n_items', 'parts'}."
     def __init__(self, model: Refrag, policy: ChunkPolicy, *, rate: float, group: int, clip: float):
@@ -319,7 +327,7 @@ class PolicyTask(nn.Module):
 
     def forward(self, prompts, targets, questions, key: str = '', again: bool = False):
         with torch.no_grad(): vectors, mask = chunk_vectors(self.model.encoder, prompts, self.model.llm.width, self.model.llm.device)
-        scores = policy_scores(self.model, self.policy, vectors, mask, questions)
+        scores = policy_scores(self.model, self.policy, prompts, vectors, mask, questions)
         if not again: self.kept = {}
         if key not in self.kept: self.kept[key] = draw_rollouts(
             scores, self.rate, lambda masks: self.reward(prompts, targets, masks), group=self.group)
@@ -472,7 +480,7 @@ def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[lis
     rows = [[(token, counted) for _, counted in row for token in next(ids) + [llm.eos_id]*counted] for row in texts]
     return [[token for token, _ in row] for row in rows], [[counted for _, counted in row] for row in rows]
 
-# %% ../../nbs/45_refrag.ipynb #bd4c299a
+# %% ../../nbs/45_refrag.ipynb #d4a401bc
 _CHUNKS_A_ROW, _FALLING = (1, 2, 4, 8), .6
 
 def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Random) -> tuple[list[MixedPrompt], list[list[int]]]:
@@ -485,6 +493,7 @@ def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Rand
 
 def expanded_share(config: RefragConfig, place: float, rng: random.Random) -> float:
     "Share of the chunks that stand as tokens in an update at `place` (0 to 1) of the training."
+    if rng.random() < config.text_share: return 1.
     if config.expand_start is None: return config.expand
     mean = config.expand + (config.expand_start - config.expand)*max(0., 1 - place/_FALLING)
     return min(1., 2*mean*rng.random())
