@@ -84,7 +84,8 @@ CHANGES = {'reconstruct': {
                         'max_new_tokens': 1, 'boundaries': 'sentences', 'expand_start': 1., 'text_share': .5, 'reconstruct_share': .5},
            'policy': {'expand': .5, 'policy_hidden': 16, 'policy_question': False, 'policy_attention': True, 'group': 2, 'passes': 1,
                       'clip': .001}}
-SHARED = {'instruct': {'updates': 3, 'val_share': .5, 'val_rows': 30}, 'policy': {'start': 'whole', 'expand': .3, 'updates': 4, 'learning_rate': .05}}
+SHARED = {'instruct': {'updates': 3, 'val_share': .5, 'val_rows': 30},
+          'policy': {'start': 'whole', 'expand': .3, 'updates': 4, 'learning_rate': .05}}
 PAIRS = {'lora_rank': (2, {'trainable': 'lora'}), 'lora_alpha': (2, {'trainable': 'lora'})}
 ELSEWHERE = {'stage', 'start', 'llm', 'gradient_checkpointing'}  # the other tests; the last changes memory and time alone
 
