@@ -139,7 +139,7 @@ if __name__ == '__main__':
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
-    parser.add_argument('--question-groups', type=int, default=25_600, help='of up to four questions in new names')
+    parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names')
     parser.add_argument('--policy-updates', type=int, default=240)
     parser.add_argument('--expand', type=float, default=.07, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')

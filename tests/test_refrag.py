@@ -75,6 +75,25 @@ def test_the_stages_after_it(home, whole, drag):
     assert 'vectors.png' in {p.name for p in (home/'figures'/'whole').iterdir()}, err
 
 
+def test_new_questions(home, whole, drag):
+    write(home/'golden.jsonl', [{'id': f'g{i}', 'question': f'What is the capital of {a}?', 'answers': [b], 'gold': [0],
+                                 'context': [f'The country of {a} is big. Its capital is {b}.', f'The city of {c} is old.']}
+                                for i, (a, b, c) in enumerate(zip(NAMES, NAMES[1:], NAMES[2:]))])
+    code, out, err = drag('data questions golden.jsonl --out new.jsonl.gz --n 12 --n-asked 2 --invented 0.5 --json')
+    assert code == 0, err
+    assert json.loads(out)['groups'] == 12 < json.loads(out)['questions'] <= 24
+    code, out, err = drag(train('instruct', run='gradual', start='whole', questions='new.jsonl.gz', expand_start=1., text_share=.2,
+                                reconstruct_share=.5, boundaries='sentences'))
+    assert code == 0 and json.loads(out)['n_questions'] > json.loads(out)['updates'], err  # a group is an item
+    code, out, err = drag('data questions bad.jsonl --out none.jsonl.gz --n 3')
+    assert code == 1 and out == '' and not (home/'none.jsonl.gz').exists()
+    one_error(err, 'bad.jsonl:2', 'context')
+    write(home/'plain.jsonl', [{'id': 'p', 'question': 'Who?', 'context': 'Someone.', 'answers': ['Someone']}])
+    code, out, err = drag('data questions plain.jsonl --out none.jsonl.gz --n 3')
+    assert code == 1 and not (home/'none.jsonl.gz').exists()
+    one_error(err, 'no record has `gold`')
+
+
 CHANGES = {'reconstruct': {
                'encoder': 'minilm', 'pooling': 'cls', 'normalize': True, 'residual': False, 'projector_hidden': 8, 'trainable': 'all',
                'encoder_rate': 1e-4, 'k': 8, 'n_context': 32, 'order': 'shuffled', 'texts': 'other.jsonl', 'val_share': .5, 'val_rows': 1,
