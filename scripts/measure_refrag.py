@@ -40,6 +40,12 @@ ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal 
         'blind policy': 'the same with a policy that is shown vectors and question, as the paper’s, but not the attention'}
 
 
+ASKED = ('questions', 'policy', 'blind policy')
+OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
+OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
+            'encoder_rate', 'limit')
+
+
 class Measurement:
     """One seed and one k; every stage is a run, trained once."""
     def __init__(self, args, seed: int, k: int):
@@ -111,10 +117,10 @@ def main(args):
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
     new = project_folder()/NEW.format(args.question_groups)
-    if {*(args.rows or ROWS)} & {'questions', 'policy', 'blind policy'} and not new.exists():
+    if {*(args.rows or ROWS)} & {*ASKED} and not new.exists():
         write_new_questions(WORLD.format('train'), new, n=args.question_groups)
-    settings = {k: v for k, v in vars(args).items() if k not in ('rows', 'seeds', 'ks', 'name')}
     for row in args.rows or ROWS:
+        settings = {k: v for k, v in vars(args).items() if k in (OF_QUESTIONS if row in ASKED else OF_TEXTS)}
         for k in args.ks if row == 'text' else args.ks[:1]:
             for seed in args.seeds:
                 key = f'{row} k={k} seed={seed}'
