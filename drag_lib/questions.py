@@ -37,7 +37,7 @@ class NewNames:
         known = self.seen['/' in old]
         return rng.choice(known) if known and rng.random() < .5 else self.invented.name(rng)
 
-# %% ../nbs/20_questions.ipynb #5fdc5951
+# %% ../nbs/20_questions.ipynb #e0f17d57
 def _also_asked(record: ReadingRecord, kept: list[str], by_passage: dict[str, list[ReadingRecord]]) -> list[ReadingRecord]:
     "Other records that these passages answer."
     found = {}
@@ -57,9 +57,10 @@ def _kept(record: ReadingRecord, n_passages: int, rng: random.Random) -> list[st
 def _retold(texts: list[str], answers: list[str], names: NewNames, rng: random.Random, share: float) -> tuple[list[str], list[str]]:
     "Texts and answers with new names: all answers', and a share of the others'."
     old = sorted({*names_in(texts), *answers})
-    new = {name: names.like(name, rng) for name in old if name in answers or rng.random() < share}
-    if len({*new.values()}) < len(new): return _retold(texts, answers, names, rng, share)  # two things of one name
-    return renamed(texts, new), [new[answer] for answer in answers]
+    for _ in range(100):
+        new = {name: names.like(name, rng) for name in old if name in answers or rng.random() < share}
+        if len({new.get(name, name) for name in old}) == len(old): return renamed(texts, new), [new[answer] for answer in answers]
+    raise ValueError(f'no {len(old)} different names for {texts[0]!r}: too many short codes or numbers of one kind')
 
 # %% ../nbs/20_questions.ipynb #babf1de3
 def _invented(names: Names, rng: random.Random, n_asked: int) -> tuple[list[str], list[tuple[str, list[str]]]]:
