@@ -7,7 +7,8 @@ read off what came before, so it matters what of a context is kept. No thing is 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
 questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
-few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens.
+few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens: drawn at random, then, in a second run on
+other questions, those chunks that have rare tokens in common with the question.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -30,17 +31,18 @@ from drag_lib.refrag.train import RefragConfig, answer_questions, evaluate_refra
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
-WORLD, RETOLD, NEW = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz', 'data/new-questions/{}.jsonl.gz'
+WORLD, RETOLD, NEW = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz', 'data/new-questions/{}-{}.jsonl.gz'
 ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal updates',
         'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 of the reader on 4 passages: as vectors, with a share of them as tokens, as text',
-        'policy': 'questions at equal rate: policy, attention, perplexity, similarity, first, last, random',
-        'blind policy': 'the same with a policy that is shown vectors and question, as the paper’s, but not the attention'}
-
-
-ASKED = ('questions', 'policy', 'blind policy')
+        'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
+        'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
+        'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
+SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
+ASKED = ('questions', *SHOWN)
+INSTRUCT = dict(batch_size=8, expand=.12, text_share=.15, learning_rate=2e-3, encoder_rate=2e-3, precision='bf16')
 OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
             'encoder_rate', 'limit')
@@ -78,15 +80,25 @@ class Measurement:
         return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
 
     def instruct(self):
-        return self.train('instruct', 'instruct', **self.new_questions(), batch_size=8, expand=.12, expand_start=1., text_share=.15,
-                          reconstruct_share=.35, learning_rate=2e-3, encoder_rate=2e-3, precision='bf16', eval_every=400)
+        return self.train('instruct', 'instruct', **self.new_questions(0), **INSTRUCT, val_share=.005, expand_start=1.,
+                          reconstruct_share=.35, eval_every=400)
 
-    def new_questions(self): return dict(questions=NEW.format(self.args.question_groups), val_share=.005, boundaries='sentences')
+    def instruct_more(self):
+        return self.train('more', 'instruct', self.instruct(), **self.new_questions(1), **INSTRUCT, val_share=.008, val_rows=128,
+                          expand_start=.3, expand_by='overlap', reconstruct_share=.1, warmup=.05, eval_every=500)
 
-    def policy(self, attention: bool):
-        return self.train(f'policy-{attention}', 'policy', self.instruct(), **self.new_questions(), policy_attention=attention,
-                          expand=self.args.expand, updates=self.args.policy_updates, batch_size=16,
-                          eval_every=max(self.args.policy_updates//4, 1), optimizer='adamw', learning_rate=3e-3)
+    def new_questions(self, seed: int):
+        path = NEW.format(self.args.question_groups, seed)
+        if not (project_folder()/path).exists():
+            write_new_questions(WORLD.format('train'), project_folder()/path, n=self.args.question_groups, seed=seed)
+        return dict(questions=path, boundaries='sentences')
+
+    def policy(self, row: str):
+        shown = SHOWN[row]
+        return self.train(row.replace(' ', '-'), 'policy', self.instruct_more(), **self.new_questions(1), val_share=.008,
+                          policy_attention='attention' in shown, policy_overlap='overlap' in shown, expand=self.args.expand,
+                          updates=self.args.policy_updates, batch_size=16, eval_every=max(self.args.policy_updates//4, 1),
+                          optimizer='adamw', learning_rate=3e-3)
 
     def measure(self, row: str) -> dict:
         if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}
@@ -94,8 +106,8 @@ class Measurement:
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
         if row == 'questions':
-            return evaluate_refrag(self.instruct(), WORLD.format('test'), limit=self.args.limit, controls=True) | self.reader()
-        return evaluate_refrag(self.policy(row == 'policy'), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
+            return evaluate_refrag(self.instruct_more(), WORLD.format('test'), limit=self.args.limit, controls=True) | self.reader()
+        return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
     def reader(self) -> dict:
         "The reader as it comes, all passages as text."
@@ -116,9 +128,6 @@ def main(args):
     found = json.loads(path.read_text()) if path.exists() else {'rows': {}}
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
-    new = project_folder()/NEW.format(args.question_groups)
-    if {*(args.rows or ROWS)} & {*ASKED} and not new.exists():
-        write_new_questions(WORLD.format('train'), new, n=args.question_groups)
     for row in args.rows or ROWS:
         settings = {k: v for k, v in vars(args).items() if k in (OF_QUESTIONS if row in ASKED else OF_TEXTS)}
         for k in args.ks if row == 'text' else args.ks[:1]:
@@ -132,7 +141,7 @@ def main(args):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__ + '\nRows:\n' + '\n'.join(f'  {k:<11} {v}' for k, v in ROWS.items()),
+    parser = argparse.ArgumentParser(description=__doc__ + '\nRows:\n' + '\n'.join(f'  {k:<12} {v}' for k, v in ROWS.items()),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('rows', nargs='*', metavar='ROW', help='rows to measure; none: all')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])

@@ -100,10 +100,11 @@ CHANGES = {'reconstruct': {
                'updates': 5, 'train_encoder': False, 'seed': 1},
            'cpt': {'n_next': 3, 'expand': .5, 'trainable': 'lora'},
            'instruct': {'questions': 'others.jsonl', 'n_questions': 9, 'n_passages': 1, 'question_first': False, 'max_length': 120,
-                        'max_new_tokens': 1, 'boundaries': 'sentences', 'expand_start': 1., 'text_share': .5, 'reconstruct_share': .5},
-           'policy': {'expand': .5, 'policy_hidden': 16, 'policy_question': False, 'policy_attention': True, 'group': 2, 'passes': 1,
-                      'clip': .001}}
-SHARED = {'instruct': {'updates': 3, 'val_share': .5, 'val_rows': 30},
+                        'max_new_tokens': 1, 'boundaries': 'sentences', 'expand_start': 1., 'expand_by': 'overlap', 'text_share': .5,
+                        'reconstruct_share': .5},
+           'policy': {'expand': .5, 'policy_hidden': 16, 'policy_question': False, 'policy_attention': True, 'policy_overlap': True,
+                      'group': 2, 'passes': 1, 'clip': .001}}
+SHARED = {'instruct': {'updates': 3, 'val_share': .5, 'val_rows': 30, 'expand': .3},
           'policy': {'start': 'whole', 'expand': .3, 'updates': 4, 'learning_rate': .05}}
 PAIRS = {'lora_rank': (2, {'trainable': 'lora'}), 'lora_alpha': (2, {'trainable': 'lora'})}
 ELSEWHERE = {'stage', 'start', 'llm', 'gradient_checkpointing'}  # the other tests; the last changes memory and time alone

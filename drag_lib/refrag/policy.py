@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['n_expanded', 'PolicyConfig', 'ChunkPolicy', 'sample_chunks', 'log_prob_chunks', 'as_mask', 'best_chunks', 'Rollouts',
            'group_advantages', 'draw_rollouts', 'grpo_loss', 'random_scores', 'position_scores', 'similarity_scores',
-           'perplexity_scores']
+           'overlap_scores', 'perplexity_scores']
 
-# %% ../../nbs/44_policy.ipynb #56f6200e
+# %% ../../nbs/44_policy.ipynb #dc50f963
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +31,7 @@ def n_expanded(
     n = (n_chunks*rate + .5).floor().long()
     return n.clamp_min(1).minimum(n_chunks) if rate > 0 else n
 
-# %% ../../nbs/44_policy.ipynb #dc830389
+# %% ../../nbs/44_policy.ipynb #0f0b2ee8
 @dataclass(frozen=True)
 class PolicyConfig:
     "Sizes of the policy, and what it is shown beside the chunks."
@@ -39,6 +40,7 @@ class PolicyConfig:
     n_heads: int = 4
     question: bool = False  # True: `forward` is given the question's vector
     n_attention: int = 0  # layers times heads of the decoder, where `forward` is given what its last position attends to
+    overlap: bool = False  # True: `forward` is given what chunks and question have in common
 
 def _sinusoids(n: int, width: int, like: Tensor) -> Tensor:  # [n, width]
     "Sines and cosines of the positions (Vaswani et al. 2017)."
@@ -60,15 +62,17 @@ class ChunkPolicy(nn.Module):
         self.score = nn.Linear(config.hidden, 1)
         nn.init.zeros_(self.score.weight); nn.init.zeros_(self.score.bias)
         if config.n_attention: self.heads = nn.Parameter(torch.zeros(config.n_attention))
+        if config.overlap: self.shared = nn.Parameter(torch.zeros(()))
 
     def forward(
         self, vectors: Tensor,  # [B, L, width]: chunk vectors; what stands at padding does not matter
         mask: Tensor,  # [B, L], bool: True at chunks
         question: Tensor | None = None,  # [B, width], where the config asks for it
         attention: Tensor | None = None,  # [B, L, n_attention], weights of each chunk in each head, likewise
+        overlap: Tensor | None = None,  # [B, L] of `overlap_scores`, likewise
     ) -> Tensor:  # [B, L], float32: -inf at padding
         "Scores of the chunks. ValueError for vectors of another width, or what is missing or not asked for."
-        self._check(vectors, question, attention)
+        self._check(vectors, question, attention, overlap)
         whole = lambda x: F.layer_norm(x.to(self.chunk.weight.dtype), (self.width,))  # the same scale, whatever the projector's norm
         inputs = self.chunk(whole(vectors.masked_fill(~mask[..., None], 0.)))
         inputs = inputs + _sinusoids(inputs.shape[1], inputs.shape[2], inputs)
@@ -77,15 +81,18 @@ class ChunkPolicy(nn.Module):
         states = self.layers(torch.cat([start[:, None], inputs], 1), src_key_padding_mask=padding)[:, 1:]
         scores = self.score(states)[..., 0].float()
         if attention is not None: scores = scores + (attention + 1e-4).log()@self.heads
+        if overlap is not None: scores = scores + self.shared*overlap.masked_fill(~mask, 0.)
         return scores.masked_fill(~mask, -torch.inf)
 
-    def _check(self, vectors, question, attention):
+    def _check(self, vectors, question, attention, overlap):
         if vectors.ndim != 3 or vectors.shape[2] != self.width:
             raise ValueError(f'chunk vectors of shape {list(vectors.shape)}: the policy takes [B, L, {self.width}]')
         if (question is None) == self.config.question:
             raise ValueError('this policy needs the question’s vector' if question is None else 'this policy is not made for a question')
         shown = 0 if attention is None else attention.shape[-1]
         if shown != self.config.n_attention: raise ValueError(f'attention of {shown} heads: this policy takes {self.config.n_attention}')
+        if (overlap is None) == self.config.overlap:
+            raise ValueError('this policy needs the overlap' if overlap is None else 'this policy is not made for overlap')
 
 # %% ../../nbs/44_policy.ipynb #37a2ce3e
 def sample_chunks(
@@ -184,7 +191,7 @@ def grpo_loss(
     return loss.mean(0), {'reward': rollouts.rewards.mean(), 'reward_spread': rollouts.rewards.std(0, correction=0).mean(),
                           'clipped': mean((cut < gain).float()), 'ratio': mean(ratio)}
 
-# %% ../../nbs/44_policy.ipynb #619c10e7
+# %% ../../nbs/44_policy.ipynb #2623971b
 def random_scores(
     mask: Tensor,  # [B, L], bool: True at chunks
     generator: torch.Generator | None = None,
@@ -204,6 +211,19 @@ def similarity_scores(
 ) -> Tensor:
     "Cosine of each chunk with the question."
     return F.cosine_similarity(vectors.float(), question[:, None].float(), dim=-1).masked_fill(~mask, -torch.inf)
+
+def overlap_scores(
+    rows: list[list[list[int]]],  # B contexts of chunks of token ids
+    questions: list[list[int]],  # B questions, token ids
+) -> Tensor:  # [B, L] float32, on the CPU, -inf at padding: the sum of log(chunks / chunks with it) over the different tokens in common
+    "What chunk and question have in common, by inverse document frequency among the context's chunks. ValueError for none."
+    if not rows: raise ValueError('there are no contexts: give at least one')
+    scores = torch.full((len(rows), max(map(len, rows))), -torch.inf)
+    for score, chunks, question in zip(scores, rows, questions, strict=True):
+        common = [{*question} & {*chunk} for chunk in chunks]
+        n = Counter(token for some in common for token in some)
+        score[:len(chunks)] = torch.tensor([sum(math.log(len(chunks)/n[token]) for token in sorted(some)) for some in common])
+    return scores
 
 @torch.no_grad()
 def perplexity_scores(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
            'question_prompts', 'answer_ids', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_vectors',
-           'question_vectors', 'choose_chunks', 'policy_scores', 'PolicyTask', 'exact_recall', 'score_texts',
-           'answer_questions', 'split_texts', 'grouped', 'split_questions', 'group_targets', 'chunk_rows',
-           'expanded_share', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
-           'evaluate_refrag', 'diagnose_refrag']
+           'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'PolicyTask', 'exact_recall',
+           'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions', 'group_targets',
+           'chunk_rows', 'expanded_share', 'overlapping', 'train_refrag', 'plot_stage', 'context_prompts',
+           'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
 
-# %% ../../nbs/45_refrag.ipynb #70eb5bb9
+# %% ../../nbs/45_refrag.ipynb #5e0a3023
 import gzip, json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -36,11 +36,11 @@ from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
 from .model import Chunks, MixedPrompt, Refrag, cut, expand, n_chunks, passages_prompt
 from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo_loss, n_expanded,
-                                    perplexity_scores, position_scores, random_scores, similarity_scores)
+                                    overlap_scores, perplexity_scores, position_scores, random_scores, similarity_scores)
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #85d60112
+# %% ../../nbs/45_refrag.ipynb #63dca27f
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -68,6 +68,7 @@ class RefragConfig(TrainConfig):
     boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
     expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
+    expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: with the question, the rest at random
     text_share: Share = 0.  # instruct: of the updates, those with all chunks as tokens
     reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
@@ -83,6 +84,7 @@ class RefragConfig(TrainConfig):
     policy_hidden: Positive = 128  # width of the policy's two layers
     policy_question: bool = True  # whether it is shown the question
     policy_attention: bool = False  # whether it is shown what the decoder attends to, which costs a pass over the vectors
+    policy_overlap: bool = False  # whether it is shown which tokens question and chunk have in common
     group: Annotated[int, Field(ge=2)] = 4  # choices drawn for a question
     passes: Positive = 2  # updates made of the same choices
     clip: Rate = .2  # bounds the ratio of probabilities
@@ -243,7 +245,7 @@ def save_refrag(run: Run, config: RefragConfig, model: Refrag, state: dict, poli
         state['policy'] = run.name
     write_json(run.folder/_STATE, state)
 
-# %% ../../nbs/45_refrag.ipynb #0d3ab5e3
+# %% ../../nbs/45_refrag.ipynb #c9b0f83e
 def load_refrag(run: str) -> tuple[Refrag, ChunkPolicy | None, RefragConfig]:
     "(a finished run's model in evaluation mode, its policy if one was trained, its config). RunError where the run holds none."
     from safetensors.torch import load_file
@@ -263,10 +265,10 @@ def load_refrag(run: str) -> tuple[Refrag, ChunkPolicy | None, RefragConfig]:
 def _new_policy(config: RefragConfig, llm: LLM) -> ChunkPolicy:
     heads = last_attention(llm, build_batch(llm, [['.']])).shape[1] if config.policy_attention else 0
     return ChunkPolicy(llm.width, PolicyConfig(
-        hidden=config.policy_hidden, question=config.policy_question, n_attention=heads)).to(llm.device)
+        hidden=config.policy_hidden, question=config.policy_question, n_attention=heads, overlap=config.policy_overlap)).to(llm.device)
 
-# %% ../../nbs/45_refrag.ipynb #9cb5c5e6
-SELECTORS = ('random', 'first', 'last', 'similarity', 'perplexity', 'attention', 'policy')
+# %% ../../nbs/45_refrag.ipynb #3e66a79e
+SELECTORS = ('random', 'first', 'last', 'similarity', 'overlap', 'perplexity', 'attention', 'policy')
 
 def _chunks_of(prompt: MixedPrompt) -> list[list[int]]: return [c for piece in prompt if isinstance(piece, Chunks) for c in piece.ids]
 
@@ -282,10 +284,16 @@ def question_vectors(encode, llm: LLM, questions: list[str], k: int) -> Tensor: 
     "The mean of a question's own chunks' vectors."
     return torch.stack([encode(cut(ids, k).ids).mean(0) for ids in tokenize(llm.tokenizer, questions)])
 
+def question_overlap(llm: LLM, prompts: list[MixedPrompt], questions: list[str] | None) -> Tensor:  # [B, L], -inf at padding
+    "What each chunk has in common with the prompt's question, as text. ValueError without questions."
+    if questions is None: raise ValueError('overlap with what? There are no questions')
+    asked = tokenize(llm.tokenizer, [f' {question}' for question in questions])
+    return overlap_scores([_chunks_of(prompt) for prompt in prompts], asked).to(llm.device)
+
 @torch.no_grad()
 def choose_chunks(
     model: Refrag, selector: str, prompts: list[MixedPrompt], rate: float, *,
-    questions: list[str] | None = None,  # for 'similarity', and a policy that is shown them
+    questions: list[str] | None = None,  # for 'similarity', 'overlap', and a policy that is shown them
     policy: ChunkPolicy | None = None, seed: int = 0,
 ) -> list[set[int]]:
     "The numbers of the chunks to expand, for `expand`. ValueError for a selector that is unknown or lacks what it needs."
@@ -301,12 +309,13 @@ def choose_chunks(
         features = model.encoder.features
         scores = similarity_scores(chunk_vectors(features, prompts, model.encoder.width, device)[0], mask,
                                    question_vectors(features, model.llm, questions, model.k))
+    elif selector == 'overlap': scores = question_overlap(model.llm, prompts, questions)
     elif selector == 'attention': scores = model.attention(prompts).mean(-1).masked_fill(~mask, -torch.inf)
     else: scores = policy_scores(model, policy, prompts, vectors, mask, questions)
     chosen = best_chunks(scores, n_expanded(mask.sum(-1), rate))
     return [{i for i in row if i >= 0} for row in chosen.tolist()]
 
-# %% ../../nbs/45_refrag.ipynb #9b977717
+# %% ../../nbs/45_refrag.ipynb #2fa31597
 def policy_scores(
     model: Refrag, policy: ChunkPolicy | None, prompts: list[MixedPrompt], vectors: Tensor, mask: Tensor, questions: list[str] | None,
 ) -> Tensor:
@@ -316,7 +325,8 @@ def policy_scores(
     with torch.no_grad():
         asked = question_vectors(model.encoder, model.llm, questions, model.k) if policy.config.question else None
         seen = model.attention(prompts) if policy.config.n_attention else None
-    return policy(vectors, mask, asked, seen)
+        shared = question_overlap(model.llm, prompts, questions) if policy.config.overlap else None
+    return policy(vectors, mask, asked, seen, shared)
 
 # %% ../../nbs/45_refrag.ipynb #bd78f3e9
 class PolicyTask(nn.Module):
@@ -480,7 +490,7 @@ def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[lis
     rows = [[(token, counted) for _, counted in row for token in next(ids) + [llm.eos_id]*counted] for row in texts]
     return [[token for token, _ in row] for row in rows], [[counted for _, counted in row] for row in rows]
 
-# %% ../../nbs/45_refrag.ipynb #d4a401bc
+# %% ../../nbs/45_refrag.ipynb #1a178777
 _CHUNKS_A_ROW, _FALLING = (1, 2, 4, 8), .6
 
 def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Random) -> tuple[list[MixedPrompt], list[list[int]]]:
@@ -498,6 +508,12 @@ def expanded_share(config: RefragConfig, place: float, rng: random.Random) -> fl
     mean = config.expand + (config.expand_start - config.expand)*max(0., 1 - place/_FALLING)
     return min(1., 2*mean*rng.random())
 
+def overlapping(llm: LLM, prompts: list[MixedPrompt], questions: list[str], share: float, rng: random.Random) -> list[set[int]]:
+    "This share of each prompt's chunks: those that have most in common with its question, at random where they have the same."
+    scores = question_overlap(llm, prompts, questions).tolist()
+    rank = lambda row, n: sorted(range(n), key=lambda i: (-row[i], rng.random()))
+    return [{*rank(row, n)[:int(n*share + rng.random())]} for row, n in zip(scores, map(n_chunks, prompts))]
+
 def _question_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
     order = random.Random(f'order {config.seed}').sample(range(len(train)), len(train))
@@ -506,7 +522,9 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
         prompts, _ = question_prompts(config, model.llm.tokenizer, [_with_all(group) for group in groups])
         if rng.random() < config.reconstruct_share and any(n_chunks(p) for p in prompts):
             return dict(zip(('prompts', 'targets'), chunk_rows(prompts, _start(model.llm), 32*len(items), rng)))
-        if share := expanded_share(config, items[0]/len(train), rng): prompts = expand(prompts, share, rng)
+        if share := expanded_share(config, items[0]/len(train), rng):
+            asked = [group[0].question for group in groups]
+            prompts = expand(prompts, overlapping(model.llm, prompts, asked, share, rng) if config.expand_by == 'overlap' else share, rng)
         targets, counted = group_targets(model.llm, groups)
         return {'prompts': prompts, 'targets': targets, 'counted': counted, 'max_length': config.max_length}
     def measure(model):
@@ -594,7 +612,7 @@ def _held_out(config: RefragConfig, model: Refrag, data: str | None, limit: int 
     rows = Rows(tokenize(model.llm.tokenizer, texts), config.n_context + (0 if config.stage == 'reconstruct' else config.n_next))
     return rows.spread(limit or _MOST_ROWS, config.seed), {'n_texts_too_short': rows.n_short, 'n_lines_seen': len(every) - len(new)}
 
-# %% ../../nbs/45_refrag.ipynb #0c65647e
+# %% ../../nbs/45_refrag.ipynb #35478ba8
 def evaluate_texts(
     model: Refrag, policy: ChunkPolicy | None, config: RefragConfig, rows: list[list[int]], controls: bool = True,
 ) -> dict:
@@ -606,7 +624,7 @@ def evaluate_texts(
         prompts = {'refrag': refrag, 'none': nothing}
     elif config.expand and controls:
         for name in SELECTORS:
-            if name == 'similarity' or name == 'policy' and (policy is None or policy.config.question): continue
+            if name in ('similarity', 'overlap') or name == 'policy' and (policy is None or policy.config.question): continue
             chosen = choose_chunks(model, name, prompts['refrag'], config.expand, policy=policy, seed=config.seed)
             prompts[f'expand_{name}'] = expand(prompts['refrag'], chosen)
     found = {name: score_texts(model, some, targets) for name, some in prompts.items() if controls or name == 'refrag'}
