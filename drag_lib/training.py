@@ -106,7 +106,7 @@ def load_weights(model: nn.Module, path: str | Path):
     if wrong: raise ValueError(f'{path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more missing, unknown or of another shape')
     model.load_state_dict(found, strict=False)
 
-# %% ../nbs/07_training.ipynb #c1625615
+# %% ../nbs/07_training.ipynb #996052ef
 class _Order(torch.utils.data.Sampler):
     """A new permutation of `n` items each epoch (seed None: their own order), then `padding` empty places; the epoch is asked for when an
     iteration begins."""
@@ -409,7 +409,7 @@ class Progress(TrainerCallback):
         end = '\n' if not sys.stderr.isatty() or state.global_step == state.max_steps else '\r'
         print(line.ljust(110), end=end, file=sys.stderr, flush=True)
 
-# %% ../nbs/07_training.ipynb #7c8fa3b6
+# %% ../nbs/07_training.ipynb #abb6b836
 def fit(
     model: nn.Module,  # model(**inputs) -> {'loss', 'n_items', 'parts'?}
     items: list,  # the training items
@@ -424,6 +424,7 @@ def fit(
     learning_rates: dict[str, float] | None = None,  # prefix of parameter names -> peak rate; the others: config.learning_rate
     shuffle: bool = True,  # anew each epoch; False: the items' own order, as a curriculum needs it
     stage: str = '',  # its name, where the run calls `fit` several times
+    may_skip: bool = False,  # some batches leave parameters out: without this, several processes wait for one another for ever
 ) -> dict:
     "Train, keeping the best weights by `metric` (loaded at the end). Goes on from the stage's last checkpoint if it has one."
     if not items: raise TrainingError('nothing to train on: no item is left')
@@ -432,7 +433,7 @@ def fit(
     updates = math.ceil(math.ceil(len(items)/(each*world_size()))/accumulate)*config.epochs
     folder, budget = run.folder/'training'/stage, Budget(config.minutes)
     trainer = RunTrainer(
-        model, trainer_arguments(config, run, folder, each, accumulate, updates), items, collate, shuffle,
+        model, trainer_arguments(config, run, folder, each, accumulate, updates, may_skip), items, collate, shuffle,
         run=run, measure=measure, metric=metric, greater_is_better=greater_is_better, patience=config.patience, stage=stage,
         learning_rates=learning_rates or {}, muon=config.optimizer == 'muon', budget=budget, callbacks=[Progress(label, metric, budget)])
     if trainer.args.world_size != world_size():
@@ -448,8 +449,8 @@ def fit(
     else: trainer.train(resume_from_checkpoint=last and str(last))
     return wind_up(trainer, model, run, updates)
 
-# %% ../nbs/07_training.ipynb #4a4968db
-def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, accumulate: int, updates: int):
+# %% ../nbs/07_training.ipynb #c4463234
+def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, accumulate: int, updates: int, may_skip: bool = False):
     "The loop's settings as transformers' TrainingArguments: `each` items a device and micro-batch, `accumulate` of them an update."
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     when = 'epoch' if config.eval_every is None else 'steps'
@@ -461,7 +462,7 @@ def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, ac
         max_grad_norm=config.max_grad_norm, bf16=bf16, use_cpu=not torch.cuda.is_available(), seed=config.seed, data_seed=config.seed,
         eval_strategy=when, save_strategy=when, eval_steps=config.eval_every, save_steps=config.eval_every or 500,
         logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track,
-        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=False)
+        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=may_skip)
 
 def wind_up(trainer, model, run, updates):
     "Check that training was real, keep the weights, say what happened."

@@ -1,6 +1,9 @@
 "REFRAG from the command line: every stage from the one before, killed and resumed; every option and its mistakes."
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 import typing
 
@@ -54,6 +57,22 @@ def test_killed_ends_in_the_same_weights(home, whole):
     assert job.code() == 0, job.err
     same_end(home, 'killed', 'whole', ['model.safetensors', 'last.safetensors', 'encoder/chunk_encoder.safetensors'])
     assert read(home, 'killed', 'manifest.json')['resumes'] == 1
+
+
+def test_two_processes(home, whole, drag):
+    "The `--` keeps torchrun from reading `--run` as its own `--run-path`."
+    words = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node 2 -m drag_lib.cli --'.split()]
+    env = {**os.environ, 'DRAG_HOME': str(home), 'DRAG_CACHE': str(home/'cache')}
+    for line in (train('reconstruct', run='two', llm='llama'),
+                 train('instruct', run='two-instruct', start='two', text_share=.5, reconstruct_share=.3, expand=.3, expand_by='overlap'),
+                 train('policy', run='two-policy', start='two-instruct', expand=.3, updates=4, policy_attention=True, policy_overlap=True)):
+        done = subprocess.run([*words, *line.split()], cwd=home, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    losses = [[row['loss'] for row in log_of(home, run) if 'loss' in row] for run in ('whole', 'two')]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 12
+    assert read(home, 'two', 'manifest.json')['world_size'] == 2
+    assert read(home, 'two-instruct', 'metrics.json')['without_gradient'] == 0
+    assert all(read(home, run, 'metrics.json')['updates'] == n for run, n in (('two-instruct', 9), ('two-policy', 4)))
 
 
 def test_the_stages_after_it(home, whole, drag):

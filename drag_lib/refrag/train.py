@@ -555,7 +555,7 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
         return {'loss': (now := loss('policy')), 'reward': -now, 'random/loss': loss('random')}
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
 
-# %% ../../nbs/45_refrag.ipynb #552f4449
+# %% ../../nbs/45_refrag.ipynb #cc7edf74
 def train_refrag(
     config: RefragConfig, *,
     run: str | None = None,  # its name; None: one made of the date
@@ -573,7 +573,8 @@ def train_refrag(
         if not any(p.requires_grad for p in work.model.parameters()): raise TrainingError('nothing is left to train: all parts are frozen')
         rates = {'encoder': config.encoder_rate} if config.encoder_rate and config.stage not in ('policy', 'pretrain') else None
         told = fit(work.model, work.items, work.collate, config, r, work.measure, work.metric, work.greater,
-                   label=config.stage, learning_rates=rates, shuffle=work.shuffle)
+                   label=config.stage, learning_rates=rates, shuffle=work.shuffle,
+                   may_skip=config.stage in ('cpt', 'instruct'))  # a batch of text alone needs no encoder
         metrics = work.measure(work.model) | told | work.counts
         if r.writes:
             save_refrag(r, config, model, state, getattr(work.model, 'policy', None))
