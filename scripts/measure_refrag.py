@@ -7,8 +7,8 @@ read off what came before, so it matters what of a context is kept. No thing is 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
 questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
-few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens: drawn at random, then, in a second run on
-other questions, those chunks that have rare tokens in common with the question.
+few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens: drawn at random, then, in further runs
+on other questions, those chunks that have rare tokens in common with the question.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
     .venv/bin/python scripts/measure_refrag.py curriculum --seeds 0  one row, one seed
@@ -26,8 +26,9 @@ from drag_lib.llm import load_llm
 from drag_lib.questions import write_new_questions
 from drag_lib.records import read_reading
 from drag_lib.refrag.encoder import ChunkEncoder
-from drag_lib.refrag.model import Refrag
-from drag_lib.refrag.train import RefragConfig, answer_questions, evaluate_refrag, question_prompts, train_refrag
+from drag_lib.refrag.model import Refrag, expand, n_chunks
+from drag_lib.refrag.train import (RefragConfig, answer_questions, choose_chunks, evaluate_refrag, load_refrag, question_prompts,
+                                   train_refrag)
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
@@ -36,14 +37,13 @@ ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal 
         'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
-        'questions': 'F1 of the reader on 4 passages: as vectors, with a share of them as tokens, as text',
+        'questions': 'F1 on 4 passages after each run: as vectors, with overlapping chunks as tokens, as text',
         'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
         'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
         'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
 SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
 ASKED = ('questions', *SHOWN)
-INSTRUCT = dict(batch_size=8, expand=.12, text_share=.15, learning_rate=2e-3, encoder_rate=2e-3, precision='bf16')
-OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
+OF_QUESTIONS = ('question_groups', 'question_runs', 'second_rate', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
             'encoder_rate', 'limit')
 
@@ -59,7 +59,7 @@ class Measurement:
     def train(self, name: str, stage: str, start: str | None = None, **changes) -> str:
         name = f'{self.name}-{name}' + ('' if stage == 'pretrain' else f'-k{self.k}')
         began = time.monotonic()
-        updates = vars(self.args).get(f'{stage}_updates', 1)  # instruct has one for each eight groups of questions
+        updates = vars(self.args).get(f'{stage}_updates', 1)  # instruct has one for each eight groups
         settings = self.common | dict(k=8 if stage == 'pretrain' else self.k, updates=updates, eval_every=max(updates//5, 1))
         train_refrag(RefragConfig(**settings | changes, stage=stage, start=start), run=name, resume=True)
         print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
@@ -79,23 +79,24 @@ class Measurement:
         updates = self.args.reconstruct_updates + self.args.cpt_updates
         return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
 
-    def instruct(self):
-        return self.train('instruct', 'instruct', **self.new_questions(0), **INSTRUCT, val_share=.005, expand_start=1.,
-                          reconstruct_share=.35, eval_every=400)
+    def instruct(self, n: int) -> str:
+        "The n-th run on questions; each has questions of its own."
+        later = dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap', reconstruct_share=.1)
+        changes, rate = {
+            1: (dict(val_share=.005, eval_every=400, expand=.12, expand_start=1., reconstruct_share=.35), 2e-3),
+            2: (dict(later, expand=.12, expand_start=.3), self.args.second_rate)}.get(n, (dict(later, expand=.1, expand_start=.2), 1e-3))
+        return self.train(f'questions-{n}', 'instruct', self.instruct(n - 1) if n > 1 else None, **self.new_questions(n), **changes,
+                          batch_size=8, text_share=.15, learning_rate=rate, encoder_rate=rate, precision='bf16')
 
-    def instruct_more(self):
-        return self.train('more', 'instruct', self.instruct(), **self.new_questions(1), **INSTRUCT, val_share=.008, val_rows=128,
-                          expand_start=.3, expand_by='overlap', reconstruct_share=.1, warmup=.05, eval_every=500)
-
-    def new_questions(self, seed: int):
-        path = NEW.format(self.args.question_groups, seed)
+    def new_questions(self, n: int) -> dict:
+        path = NEW.format(self.args.question_groups, n)
         if not (project_folder()/path).exists():
-            write_new_questions(WORLD.format('train'), project_folder()/path, n=self.args.question_groups, seed=seed)
+            write_new_questions(WORLD.format('train'), project_folder()/path, n=self.args.question_groups, seed=n - 1)
         return dict(questions=path, boundaries='sentences')
 
     def policy(self, row: str):
-        shown = SHOWN[row]
-        return self.train(row.replace(' ', '-'), 'policy', self.instruct_more(), **self.new_questions(1), val_share=.008,
+        shown, n = SHOWN[row], self.args.question_runs
+        return self.train(row.replace(' ', '-'), 'policy', self.instruct(n), **self.new_questions(n), val_share=.008,
                           policy_attention='attention' in shown, policy_overlap='overlap' in shown, expand=self.args.expand,
                           updates=self.args.policy_updates, batch_size=16, eval_every=max(self.args.policy_updates//4, 1),
                           optimizer='adamw', learning_rate=3e-3)
@@ -105,17 +106,30 @@ class Measurement:
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
-        if row == 'questions':
-            return evaluate_refrag(self.instruct_more(), WORLD.format('test'), limit=self.args.limit, controls=True) | self.reader()
+        if row == 'questions': return self.reader() | self.reading()
         return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
     def reader(self) -> dict:
         "The reader as it comes, all passages as text."
         llm, config = load_llm('reader-tiny'), RefragConfig(stage='instruct', k=1, seed=self.seed)
+        return self.answers('reader', Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), config, lambda prompts, asked: prompts)
+
+    def reading(self) -> dict:
+        "What is read after each run on questions."
+        found = {}
+        for n in range(1, self.args.question_runs + 1):
+            model, _, config = load_refrag(self.instruct(n))
+            overlapping = lambda prompts, asked: choose_chunks(model, 'overlap', prompts, self.args.expand, questions=asked)
+            for name, choice in (('vectors', lambda prompts, asked: [set()]*len(prompts)), ('overlap', overlapping),
+                                 ('full', lambda prompts, asked: [{*range(n_chunks(prompt))} for prompt in prompts])):
+                found |= self.answers(f'run {n}/{name}', model, config, lambda prompts, asked: expand(prompts, choice(prompts, asked)))
+        return found
+
+    def answers(self, name: str, model: Refrag, config: RefragConfig, change) -> dict:
         records = read_reading(project_folder()/WORLD.format('test'))[:self.args.limit]
-        prompts, _ = question_prompts(config, llm.tokenizer, records)
-        metrics, _ = answer_questions(Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), prompts, records, config)
-        return {f'reader/{name}': value for name, value in metrics.items()}
+        prompts, _ = question_prompts(config, model.llm.tokenizer, records)
+        metrics, _ = answer_questions(model, change(prompts, [r.question for r in records]), records, config, progress=name)
+        return {f'{name}/{metric}': value for metric, value in metrics.items()}
 
     def figures(self, run: str) -> dict:
         r = load_run(run)
@@ -155,6 +169,8 @@ if __name__ == '__main__':
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names')
+    parser.add_argument('--question-runs', type=int, default=3, help='on as many groups each, each from the one before')
+    parser.add_argument('--second-rate', type=float, default=1e-3, help='learning rate of the second of them')
     parser.add_argument('--policy-updates', type=int, default=240)
     parser.add_argument('--expand', type=float, default=.07, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
