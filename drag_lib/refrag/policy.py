@@ -31,7 +31,7 @@ def n_expanded(
     n = (n_chunks*rate + .5).floor().long()
     return n.clamp_min(1).minimum(n_chunks) if rate > 0 else n
 
-# %% ../../nbs/44_policy.ipynb #0f0b2ee8
+# %% ../../nbs/44_policy.ipynb #78f16868
 @dataclass(frozen=True)
 class PolicyConfig:
     "Sizes of the policy, and what it is shown beside the chunks."
@@ -62,7 +62,7 @@ class ChunkPolicy(nn.Module):
         self.score = nn.Linear(config.hidden, 1)
         nn.init.zeros_(self.score.weight); nn.init.zeros_(self.score.bias)
         if config.n_attention: self.heads = nn.Parameter(torch.zeros(config.n_attention))
-        if config.overlap: self.shared = nn.Parameter(torch.zeros(()))
+        if config.overlap: self.shared = nn.Parameter(torch.ones(()))
 
     def forward(
         self, vectors: Tensor,  # [B, L, width]: chunk vectors; what stands at padding does not matter
