@@ -461,8 +461,8 @@ def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, ac
         weight_decay=config.weight_decay, lr_scheduler_type='cosine', warmup_steps=math.ceil(config.warmup*updates),
         max_grad_norm=config.max_grad_norm, bf16=bf16, use_cpu=not torch.cuda.is_available(), seed=config.seed, data_seed=config.seed,
         eval_strategy=when, save_strategy=when, eval_steps=config.eval_every, save_steps=config.eval_every or 500,
-        logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track,
-        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=may_skip)
+        logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track, disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=may_skip)
 
 def wind_up(trainer, model, run, updates):
     "Check that training was real, keep the weights, say what happened."
