@@ -48,6 +48,7 @@ def _sinusoids(n: int, width: int, like: Tensor) -> Tensor:  # [n, width]
     angle = torch.arange(n, device=like.device)[:, None]*rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width].to(like)
 
+# %% ../../nbs/44_policy.ipynb #04141255
 class ChunkPolicy(nn.Module):
     "Scores chunks by their vectors: the higher, the more it is worth to expand one."
     def __init__(self, width: int, config: PolicyConfig = PolicyConfig()):
