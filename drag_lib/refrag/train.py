@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
            'question_prompts', 'answer_ids', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_vectors',
-           'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'PolicyTask', 'exact_recall',
-           'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions', 'group_targets',
-           'chunk_rows', 'expanded_share', 'overlapping', 'train_refrag', 'plot_stage', 'context_prompts',
-           'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
+           'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen', 'PolicyTask',
+           'exact_recall', 'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions',
+           'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'train_refrag', 'plot_stage',
+           'context_prompts', 'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
 import gzip, json, math, random, re, sys
@@ -40,7 +40,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #63dca27f
+# %% ../../nbs/45_refrag.ipynb #cdf23a2e
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -68,7 +68,7 @@ class RefragConfig(TrainConfig):
     boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
     expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
-    expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: with the question, the rest at random
+    expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: with the question, then also when it is measured
     text_share: Share = 0.  # instruct: of the updates, those with all chunks as tokens
     reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
@@ -328,6 +328,15 @@ def policy_scores(
         shared = question_overlap(model.llm, prompts, questions) if policy.config.overlap else None
     return policy(vectors, mask, asked, seen, shared)
 
+# %% ../../nbs/45_refrag.ipynb #342de3d5
+def expand_chosen(
+    model: Refrag, config: RefragConfig, prompts: list[MixedPrompt], questions: list[str], policy: ChunkPolicy | None = None,
+) -> list[MixedPrompt]:
+    "The prompts with the chunks as tokens that a run with this config chooses, a share of `config.expand`."
+    selector = 'policy' if config.stage == 'policy' else config.expand_by
+    if selector == 'random' or not config.expand: return prompts
+    return expand(prompts, choose_chunks(model, selector, prompts, config.expand, questions=questions, policy=policy))
+
 # %% ../../nbs/45_refrag.ipynb #bd78f3e9
 class PolicyTask(nn.Module):
     "A policy with a frozen REFRAG model that rewards it. forward(prompts, targets, questions, key, again) → {'loss', 'n_items', 'parts'}."
@@ -490,7 +499,7 @@ def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[lis
     rows = [[(token, counted) for _, counted in row for token in next(ids) + [llm.eos_id]*counted] for row in texts]
     return [[token for token, _ in row] for row in rows], [[counted for _, counted in row] for row in rows]
 
-# %% ../../nbs/45_refrag.ipynb #1a178777
+# %% ../../nbs/45_refrag.ipynb #b1ba2937
 _CHUNKS_A_ROW, _FALLING = (1, 2, 4, 8), .6
 
 def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Random) -> tuple[list[MixedPrompt], list[list[int]]]:
@@ -529,6 +538,7 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
         return {'prompts': prompts, 'targets': targets, 'counted': counted, 'max_length': config.max_length}
     def measure(model):
         prompts, answers = question_prompts(config, model.llm.tokenizer, held)
+        prompts = expand_chosen(model, config, prompts, [r.question for r in held])
         metrics, _ = answer_questions(model, prompts, held, config, micro_batches(config)[0])
         return metrics | {'loss': score_texts(model, prompts, answer_ids(model.llm, answers), micro_batches(config)[0])['loss']}
     return _Work(model, list(range(len(train))), collate, measure, 'squad/f1', True, config.expand_start is None, counts)
@@ -640,20 +650,18 @@ def _flat_rows(found: dict[str, dict], prompts: list[MixedPrompt]) -> dict:
         if name != 'refrag': out |= {f'{name}/{key}': value for key, value in row.items()}
     return out
 
-# %% ../../nbs/45_refrag.ipynb #abe6c8b2
+# %% ../../nbs/45_refrag.ipynb #fc17d9a7
 def evaluate_questions(
     model: Refrag, policy: ChunkPolicy | None, config: RefragConfig, records: list[ReadingRecord], controls: bool = True, failed: int = 0,
 ) -> tuple[dict, list[dict]]:
     "(scores of `answer_questions` for REFRAG, and with a prefix for each control; REFRAG's predictions)."
     prompts, _ = question_prompts(config, model.llm.tokenizer, records)
     asked = [r.question for r in records]
-    rows = {'refrag': prompts}
-    if config.stage == 'policy': rows['refrag'] = expand(prompts, choose_chunks(
-        model, 'policy', prompts, config.expand, questions=asked, policy=policy))
+    rows = {'refrag': expand_chosen(model, config, prompts, asked, policy)}
     if controls:
         rows['full'] = expand(prompts, [set(range(n_chunks(p))) for p in prompts])
         rows['none'] = [[piece for piece in prompt if not isinstance(piece, Chunks)] for prompt in prompts]
-        if config.stage == 'policy': rows['vectors'] = prompts
+        if rows['refrag'] is not prompts: rows['vectors'] = prompts
         for name in SELECTORS[:-1] if config.expand else (): rows[f'expand_{name}'] = expand(prompts, choose_chunks(
             model, name, prompts, config.expand, questions=asked, seed=config.seed))
     found = {name: answer_questions(model, some, records, config, failed=failed, progress=name) for name, some in rows.items()}
