@@ -81,12 +81,13 @@ class Measurement:
 
     def instruct(self, n: int) -> str:
         "The n-th run on questions; each has questions of its own."
-        later = dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap', reconstruct_share=.1)
+        later = dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap')
         changes, rate = {
-            1: (dict(val_share=.005, eval_every=400, expand=.12, expand_start=1., reconstruct_share=.35), 2e-3),
-            2: (dict(later, expand=.12, expand_start=.3), self.args.second_rate)}.get(n, (dict(later, expand=.1, expand_start=.2), 1e-3))
+            1: (dict(val_share=.005, eval_every=400, expand=.12, expand_start=1., reconstruct_share=.35, text_share=.15), 2e-3),
+            2: (dict(later, expand=.12, expand_start=.3, reconstruct_share=.1, text_share=.15), self.args.second_rate),
+        }.get(n, (dict(later, expand=.07, expand_start=.14, reconstruct_share=.2, text_share=.1), 1e-3))
         return self.train(f'questions-{n}', 'instruct', self.instruct(n - 1) if n > 1 else None, **self.new_questions(n), **changes,
-                          batch_size=8, text_share=.15, learning_rate=rate, encoder_rate=rate, precision='bf16')
+                          batch_size=8, learning_rate=rate, encoder_rate=rate, precision='bf16')
 
     def new_questions(self, n: int) -> dict:
         path = NEW.format(self.args.question_groups, n)
@@ -99,7 +100,7 @@ class Measurement:
         return self.train(row.replace(' ', '-'), 'policy', self.instruct(n), **self.new_questions(n), val_share=.008,
                           policy_attention='attention' in shown, policy_overlap='overlap' in shown, expand=self.args.expand,
                           updates=self.args.policy_updates, batch_size=16, eval_every=max(self.args.policy_updates//4, 1),
-                          optimizer='adamw', learning_rate=3e-3)
+                          optimizer='adamw', learning_rate=5e-4)
 
     def measure(self, row: str) -> dict:
         if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}

@@ -40,7 +40,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #cdf23a2e
+# %% ../../nbs/45_refrag.ipynb #697e4c6a
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -499,7 +499,7 @@ def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[lis
     rows = [[(token, counted) for _, counted in row for token in next(ids) + [llm.eos_id]*counted] for row in texts]
     return [[token for token, _ in row] for row in rows], [[counted for _, counted in row] for row in rows]
 
-# %% ../../nbs/45_refrag.ipynb #b1ba2937
+# %% ../../nbs/45_refrag.ipynb #e7e8e262
 _CHUNKS_A_ROW, _FALLING = (1, 2, 4, 8), .6
 
 def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Random) -> tuple[list[MixedPrompt], list[list[int]]]:
@@ -517,11 +517,16 @@ def expanded_share(config: RefragConfig, place: float, rng: random.Random) -> fl
     mean = config.expand + (config.expand_start - config.expand)*max(0., 1 - place/_FALLING)
     return min(1., 2*mean*rng.random())
 
-def overlapping(llm: LLM, prompts: list[MixedPrompt], questions: list[str], share: float, rng: random.Random) -> list[set[int]]:
-    "This share of each prompt's chunks: those that have most in common with its question, at random where they have the same."
-    scores = question_overlap(llm, prompts, questions).tolist()
-    rank = lambda row, n: sorted(range(n), key=lambda i: (-row[i], rng.random()))
-    return [{*rank(row, n)[:int(n*share + rng.random())]} for row, n in zip(scores, map(n_chunks, prompts))]
+def overlapping(llm: LLM, prompts: list[MixedPrompt], questions: list[list[str]], share: float, rng: random.Random) -> list[set[int]]:
+    """For each prompt's questions, as many of them as are drawn, this share of its chunks: those that have most in common with
+    the question, at random where they have the same."""
+    asked = [(i, q) for i, some in enumerate(questions) for q in rng.sample(some, rng.randint(1, len(some)))]
+    scores = question_overlap(llm, [prompts[i] for i, _ in asked], [q for _, q in asked]).tolist()
+    chosen = [set() for _ in prompts]
+    for (i, _), row in zip(asked, scores):
+        n = n_chunks(prompts[i])
+        chosen[i].update(sorted(range(n), key=lambda chunk: (-row[chunk], rng.random()))[:int(n*share + rng.random())])
+    return chosen
 
 def _question_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
@@ -532,7 +537,7 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
         if rng.random() < config.reconstruct_share and any(n_chunks(p) for p in prompts):
             return dict(zip(('prompts', 'targets'), chunk_rows(prompts, _start(model.llm), 32*len(items), rng)))
         if share := expanded_share(config, items[0]/len(train), rng):
-            asked = [group[0].question for group in groups]
+            asked = [[r.question for r in group] for group in groups]
             prompts = expand(prompts, overlapping(model.llm, prompts, asked, share, rng) if config.expand_by == 'overlap' else share, rng)
         targets, counted = group_targets(model.llm, groups)
         return {'prompts': prompts, 'targets': targets, 'counted': counted, 'max_length': config.max_length}
