@@ -40,7 +40,7 @@ from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
 from ..training import Positive, TrainConfig, TrainingError, fit, micro_batches
 
-# %% ../../nbs/45_refrag.ipynb #697e4c6a
+# %% ../../nbs/45_refrag.ipynb #cdf23a2e
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
