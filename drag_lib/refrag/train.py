@@ -68,7 +68,7 @@ class RefragConfig(TrainConfig):
     boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
     expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
-    expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: with the question, also when measured
+    expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: as many for each of the questions drawn
     text_share: Share = 0.  # instruct: of the updates, those with all chunks as tokens
     reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
