@@ -32,8 +32,10 @@ from drag_lib.refrag.train import (RefragConfig, answer_questions, choose_chunks
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
 
+NAME = 'measure-refrag'
 WORLD, RETOLD, NEW = 'data/world/reading/{}.jsonl.gz', 'data/retold/texts.jsonl.gz', 'data/new-questions/{}-{}.jsonl.gz'
-ROWS = {'curriculum': 'reconstruction with the curriculum and without, at equal updates',
+ORDERS = ('stages', 'shuffled', 'longest')
+ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in random order, and with rows of full length, at equal updates',
         'start': 'CPT from reconstruction, from one whose decoder was frozen, and from a new encoder, at equal updates',
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
@@ -77,7 +79,7 @@ class Measurement:
 
     def tokens(self):
         updates = self.args.reconstruct_updates + self.args.cpt_updates
-        return self.train(f'tokens-k{self.k}', 'pretrain', k=self.k, updates=updates, eval_every=updates//5)
+        return self.train(f'tokens-k{self.k}', 'pretrain', self.decoder(), k=self.k, updates=updates, eval_every=updates//5)
 
     def instruct(self, n: int) -> str:
         "The n-th run on questions; each has questions of its own."
@@ -103,7 +105,7 @@ class Measurement:
                           optimizer='adamw', learning_rate=5e-4)
 
     def measure(self, row: str) -> dict:
-        if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ('stages', 'longest')}
+        if row == 'curriculum': return {order: self.figures(self.reconstruct(order)) for order in ORDERS}
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
@@ -147,7 +149,7 @@ def main(args):
         settings = {k: v for k, v in vars(args).items() if k in (OF_QUESTIONS if row in ASKED else OF_TEXTS)}
         for k in args.ks if row == 'text' else args.ks[:1]:
             for seed in args.seeds:
-                key = f'{row} k={k} seed={seed}'
+                key = f'{row} k={k} seed={seed}' + ('' if args.name == NAME else f' {args.name}')
                 if found['rows'].get(key, {}).get('settings') == settings: continue
                 metrics = Measurement(args, seed, k).measure(row)
                 found['rows'][key] = {'about': ROWS[row], 'settings': settings, 'git': git_state(), 'metrics': metrics}
@@ -161,7 +163,7 @@ if __name__ == '__main__':
     parser.add_argument('rows', nargs='*', metavar='ROW', help='rows to measure; none: all')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--ks', nargs='+', type=int, default=[8, 16, 32], help='tokens of a chunk: all for the row text, else the first')
-    parser.add_argument('--name', default='measure-refrag', help='of the runs; another one for other settings')
+    parser.add_argument('--name', default=NAME, help='of the runs; another one for other settings: it then stands in the rows’ names, too')
     parser.add_argument('--texts', nargs='+', default=[RETOLD])
     parser.add_argument('--n-context', type=int, default=128)
     parser.add_argument('--n-next', type=int, default=32)
