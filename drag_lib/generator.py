@@ -166,12 +166,16 @@ def _build(
     prompts, named = self.prompts(data, batch, out, chosen)
     needed = batch.label[chosen.facts].split(chosen.ptr.diff().tolist())
     reading = [[*compress(facts, is_needed.tolist()), *facts] for facts, is_needed in zip(named, needed)]  # needed ones give the order
-    answers = [data.packed.answers_of(q) for q in batch.question.tolist()]
-    if self.training and self.supervise == 'read': answers = [named_by(facts, of) or of for facts, of in zip(named, answers)]
-    texts = [answer_text(of, facts, self.max_answers) for of, facts in zip(answers, reading)]
-    mixed = build_batch(self.llm, prompts, texts if labelled else None,
-                        max_length=self.max_length, eos_loss_weight=self.eos_loss_weight)
-    return mixed, [facts[:len(facts) - n] for facts, n in zip(named, mixed.n_dropped.tolist())], texts
+    gold = [data.packed.answers_of(q) for q in batch.question.tolist()]
+    only_read = self.training and self.supervise == 'read'
+    def built_for(read):
+        answers = [named_by(facts, of) or of for facts, of in zip(read, gold)] if only_read else gold
+        texts = [answer_text(of, facts, self.max_answers) for of, facts in zip(answers, reading)]
+        mixed = build_batch(self.llm, prompts, texts if labelled else None,
+                            max_length=self.max_length, eos_loss_weight=self.eos_loss_weight)
+        return mixed, [facts[:len(facts) - n] for facts, n in zip(named, mixed.n_dropped.tolist())], texts
+    built = built_for(named)
+    return built_for(built[1]) if only_read and built[0].n_dropped.any() else built  # without the dropped facts’ answers
 
 def _generation_loss(self: DRAG, data: QuestionSet, batch: Batch, out: RetrieverOutput, chosen: Chosen) -> tuple[Tensor, dict]:
     "Loss of each question's answer [Q], and what was in the prompts."
