@@ -47,7 +47,7 @@ SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blin
 ASKED = ('questions', *SHOWN)
 OF_QUESTIONS = ('question_groups', 'question_runs', 'second_rate', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
-            'encoder_rate', 'limit')
+            'encoder_rate', 'start', 'limit')
 
 
 class Measurement:
@@ -67,7 +67,8 @@ class Measurement:
         print(f'{name}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
         return name
 
-    def decoder(self): return self.train('decoder', 'pretrain') if self.args.pretrain_updates else None  # None: the reader as it comes
+    def decoder(self):  # None: the reader as it comes
+        return self.args.start or (self.train('decoder', 'pretrain') if self.args.pretrain_updates else None)
 
     def reconstruct(self, order='longest', trainable='all'):
         return self.train(f'rec-{order}-{trainable}', 'reconstruct', self.decoder(), order=order, trainable=trainable)
@@ -146,7 +147,7 @@ def main(args):
     if RETOLD in args.texts and not (project_folder()/RETOLD).exists():
         write_jsonl(project_folder()/RETOLD, [{'text': text} for text in retold_texts()])
     for row in args.rows or ROWS:
-        settings = {k: v for k, v in vars(args).items() if k in (OF_QUESTIONS if row in ASKED else OF_TEXTS)}
+        settings = {k: v for k, v in vars(args).items() if k in (OF_QUESTIONS if row in ASKED else OF_TEXTS) and v is not None}
         for k in args.ks if row == 'text' else args.ks[:1]:
             for seed in args.seeds:
                 key = f'{row} k={k} seed={seed}' + ('' if args.name == NAME else f' {args.name}')
@@ -169,6 +170,7 @@ if __name__ == '__main__':
     parser.add_argument('--n-next', type=int, default=32)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
+    parser.add_argument('--start', help='a finished run of such a decoder, as <name>-s0-decoder of another measurement: none is trained then')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names')
