@@ -170,7 +170,7 @@ if __name__ == '__main__':
     parser.add_argument('--n-next', type=int, default=32)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--pretrain-updates', type=int, default=0, help='of the decoder on plain texts; 0: reader-tiny as it is')
-    parser.add_argument('--start', help='a finished run of such a decoder, as <name>-s0-decoder of another measurement: none is trained then')
+    parser.add_argument('--start', help='a finished run of such a decoder, e.g. another measurement’s NAME-s0-decoder: none is trained')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
     parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names')
