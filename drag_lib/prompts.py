@@ -175,7 +175,8 @@ def last_attention(llm: LLM, batch: PromptBatch) -> Tensor:  # [B, layers·heads
     model = base_model(llm)
     usual = model.config._attn_implementation
     model.set_attn_implementation('eager')
-    try: layers = llm.model(**_inputs(llm, batch), use_cache=False, output_attentions=True).attentions
+    keep = {'logits_to_keep': 1} if _takes(llm, 'logits_to_keep') else {}
+    try: layers = llm.model(**_inputs(llm, batch), **keep, use_cache=False, output_attentions=True).attentions
     finally: model.set_attn_implementation(usual)
     layers = [layer[:, :, -1].float() for layer in layers or () if layer is not None]
     if not layers: raise ValueError(f'{llm.name} has no attention layer: there are no weights to look at')

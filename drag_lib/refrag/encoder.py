@@ -171,7 +171,7 @@ def _parts(self: ChunkEncoder) -> dict[str, nn.Module | str]:
     vocabulary = sorted(self.llm.tokenizer.get_vocab().items())
     named = {'settings': json.dumps(how), 'vocabulary': text_sha256(json.dumps(vocabulary))}
     if self.encoder is not None: named |= {'encoder': self.encoder, 'projector': self.projector}
-    if self.residual: named['share'] = repr(self.share.item())
+    if self.residual: named['share'] = nn.ParameterList([self.share]).eval()
     return named if self.encoder is not None and not self.residual else named | {'embeddings': self.llm.model.get_input_embeddings()}
 
 def _key(self: ChunkEncoder) -> str:

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
-           'question_prompts', 'answer_ids', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_vectors',
-           'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen', 'PolicyTask',
-           'exact_recall', 'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions',
-           'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'train_refrag', 'plot_stage',
+           'question_prompts', 'answer_ids', 'runs_before', 'build_refrag', 'save_refrag', 'load_refrag',
+           'chunk_vectors', 'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen',
+           'PolicyTask', 'exact_recall', 'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions',
+           'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'misread', 'train_refrag', 'plot_stage',
            'context_prompts', 'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
 import gzip, json, math, random, re, sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate, groupby
@@ -34,7 +34,8 @@ from ..prompts import ANSWER_HEADER, NO_ANSWER, build_batch, generate, last_atte
 from ..records import ReadingRecord, read_reading
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
-from .model import Chunks, MixedPrompt, Refrag, cut, expand, n_chunks, passages_prompt
+from .model import (Chunks, MixedPrompt, Refrag, cut, expand, is_chunk, n_chunks, passages_prompt, saved_positions,
+                                   without_dropped)
 from .policy import (ChunkPolicy, PolicyConfig, best_chunks, draw_rollouts, grpo_loss, n_expanded,
                                     overlap_scores, perplexity_scores, position_scores, random_scores, similarity_scores)
 from ..runs import Run, RunError, finished_run, load_run, project_folder, project_path, start_run
@@ -99,6 +100,10 @@ class RefragConfig(TrainConfig):
         if self.expand_start is not None and self.epochs > 1:
             raise ValueError('expand_start falls over one epoch: leave epochs at 1, and give more questions')
         if self.start and self.llm: raise ValueError('start brings its own decoder: leave llm out')
+        if self.epochs > 1 and self.stage != 'instruct':
+            raise ValueError('a second epoch would have the same rows again: leave epochs at 1, and give more updates')
+        if self.minutes and (self.expand_start is not None or self.stage in ('reconstruct', 'cpt') and self.order == 'stages'):
+            raise ValueError('minutes may be over before the curriculum is: give updates alone, or another order, or no expand_start')
 
     @property
     def decoder(self) -> str:
@@ -175,13 +180,16 @@ def _start(llm: LLM) -> int: return llm.eos_id if llm.bos_id is None else llm.bo
 def question_prompts(
     config: RefragConfig, tokenizer, records: list[ReadingRecord],  # `config`: n_passages, k, boundaries, question_first, seed
 ) -> tuple[list[MixedPrompt], list[str]]:
-    "(prompts, answers): the gold passages among others of the record, in an order drawn by the seed; 'unknown' where there is no answer."
+    """(prompts, answers): the gold passages among others of the record, in an order drawn by the seed; a record without `gold` has its
+    first passages, as they stand. 'unknown' where there is no answer."""
     prompts = []
     for record in records:
-        rng, gold = random.Random(f'{config.seed} {record.id}'), record.gold or []
-        others = [i for i in range(len(record.context)) if i not in gold]
-        kept = [*gold, *rng.sample(others, min(len(others), max(0, config.n_passages - len(gold))))]
-        rng.shuffle(kept)
+        kept = list(range(len(record.context)))[:config.n_passages]
+        if record.gold is not None:
+            rng = random.Random(f'{config.seed} {record.id}')
+            others = [i for i in range(len(record.context)) if i not in record.gold]
+            kept = [*record.gold, *rng.sample(others, min(len(others), max(0, config.n_passages - len(record.gold))))]
+            rng.shuffle(kept)
         prompts.append(passages_prompt(tokenizer, record.question, [record.context[i] for i in kept], config.k,
                                        boundaries=config.boundaries, question_first=config.question_first))
     return prompts, [next(iter(record.answers), NO_ANSWER) for record in records]
@@ -198,6 +206,19 @@ def _state_of(run: str) -> dict:
     folder = load_run(run).folder
     if not (folder/_STATE).exists(): raise RunError(f'run {run!r} holds no finished stage of REFRAG: train it, or go on with --resume')
     return json.loads((folder/_STATE).read_text(encoding='utf-8'))
+
+def _config_of(run: str) -> RefragConfig:
+    config = _state_of(run)['config']
+    if unknown := config.keys() - {f.name for f in fields(RefragConfig)}:
+        raise RunError(f'run {run!r} was made by another version of the library ({min(unknown)}): train it again')
+    return RefragConfig(**config)
+
+def runs_before(config: RefragConfig) -> Iterator[RefragConfig]:
+    "The configs of the stages that this one goes on from, the nearest first, as far as they are kept."
+    while config.start:
+        try: load_run(config.start)
+        except RunError: return
+        yield (config := _config_of(config.start))
 
 def _load_decoder(state: dict, decoder: str, checkpointing: bool = False) -> LLM:
     where = str(load_run(state['llm']).folder/'llm') if state['llm'] else state['name']
@@ -249,16 +270,12 @@ def save_refrag(run: Run, config: RefragConfig, model: Refrag, state: dict, poli
 def load_refrag(run: str) -> tuple[Refrag, ChunkPolicy | None, RefragConfig]:
     "(a finished run's model in evaluation mode, its policy if one was trained, its config). RunError where the run holds none."
     from safetensors.torch import load_file
-    state = _state_of(run)
-    known = {f.name for f in fields(RefragConfig)}
-    if unknown := state['config'].keys() - known:
-        raise RunError(f'run {run!r} was made by another version of the library ({min(unknown)}): train it again')
-    config = RefragConfig(**state['config'])
+    state, config = _state_of(run), _config_of(run)
     llm = _load_decoder(state, 'frozen')
     encoder = load_encoder(load_run(state['encoder']).folder/'encoder', llm) if state['encoder'] else None
     policy = None
     if state['policy']:
-        policy = _new_policy(RefragConfig(**_state_of(state['policy'])['config']), llm)
+        policy = _new_policy(_config_of(state['policy']), llm)
         policy.load_state_dict(load_file(load_run(state['policy']).folder/'policy.safetensors', device=str(llm.device)))
     return Refrag(llm, encoder, config.k).eval(), policy and policy.eval(), config
 
@@ -298,22 +315,33 @@ def choose_chunks(
 ) -> list[set[int]]:
     "The numbers of the chunks to expand, for `expand`. ValueError for a selector that is unknown or lacks what it needs."
     if selector not in SELECTORS: raise ValueError(f'no selector {selector!r}: {", ".join(SELECTORS)}')
+    was, _, generator, chosen = model.training, model.eval(), torch.Generator(model.llm.device).manual_seed(seed), []
+    for i in range(0, len(prompts), _AT_ONCE):
+        some = slice(i, i + _AT_ONCE)
+        scores, mask = _scores(model, selector, prompts[some], questions and questions[some], policy, generator)
+        chosen += best_chunks(scores, n_expanded(mask.sum(-1), rate)).tolist()
+    model.train(was)
+    return [{i for i in row if i >= 0} for row in chosen]
+
+_AT_ONCE = 64  # prompts whose chunks are scored in one pass
+
+def _scores(model, selector, prompts, questions, policy, generator) -> tuple[Tensor, Tensor]:
+    "(scores, which are no padding), each [B, L]."
     device = model.llm.device
-    vectors, mask = chunk_vectors(model.encoder, prompts, model.llm.width, device)
-    if selector == 'random': scores = random_scores(mask, torch.Generator(device).manual_seed(seed))
-    elif selector in ('first', 'last'): scores = position_scores(mask, selector == 'last')
-    elif selector == 'perplexity':
-        scores = perplexity_scores(model.llm, [_chunks_of(prompt) for prompt in prompts])
-    elif selector == 'similarity':
-        if questions is None: raise ValueError('similarity to what? There are no questions')
-        features = model.encoder.features
-        scores = similarity_scores(chunk_vectors(features, prompts, model.encoder.width, device)[0], mask,
-                                   question_vectors(features, model.llm, questions, model.k))
-    elif selector == 'overlap': scores = question_overlap(model.llm, prompts, questions)
-    elif selector == 'attention': scores = model.attention(prompts).mean(-1).masked_fill(~mask, -torch.inf)
-    else: scores = policy_scores(model, policy, prompts, vectors, mask, questions)
-    chosen = best_chunks(scores, n_expanded(mask.sum(-1), rate))
-    return [{i for i in row if i >= 0} for row in chosen.tolist()]
+    n = torch.tensor([n_chunks(prompt) for prompt in prompts], device=device)
+    mask = torch.arange(int(n.max()), device=device) < n[:, None]
+    if selector == 'random': return random_scores(mask, generator), mask
+    if selector in ('first', 'last'): return position_scores(mask, selector == 'last'), mask
+    if selector == 'perplexity': return perplexity_scores(model.llm, [_chunks_of(prompt) for prompt in prompts]), mask
+    if selector == 'overlap': return question_overlap(model.llm, prompts, questions), mask
+    if selector == 'attention': return model.attention(prompts).mean(-1).masked_fill(~mask, -torch.inf), mask
+    if selector == 'policy':
+        vectors, _ = chunk_vectors(model.vectors, prompts, model.llm.width, device)
+        return policy_scores(model, policy, prompts, vectors, mask, questions), mask
+    if questions is None: raise ValueError('similarity to what? There are no questions')
+    features = model.encoder.features
+    found, _ = chunk_vectors(features, prompts, model.encoder.width, device)
+    return similarity_scores(found, mask, question_vectors(features, model.llm, questions, model.k)), mask
 
 # %% ../../nbs/45_refrag.ipynb #2fa31597
 def policy_scores(
@@ -323,7 +351,7 @@ def policy_scores(
     if policy is None: raise ValueError('this run has no policy: train the stage `policy`')
     if policy.config.question and questions is None: raise ValueError('this policy was trained to be shown the question, and there is none')
     with torch.no_grad():
-        asked = question_vectors(model.encoder, model.llm, questions, model.k) if policy.config.question else None
+        asked = question_vectors(model.vectors, model.llm, questions, model.k) if policy.config.question else None
         seen = model.attention(prompts) if policy.config.n_attention else None
         shared = question_overlap(model.llm, prompts, questions) if policy.config.overlap else None
     return policy(vectors, mask, asked, seen, shared)
@@ -340,15 +368,22 @@ def expand_chosen(
 # %% ../../nbs/45_refrag.ipynb #bd78f3e9
 class PolicyTask(nn.Module):
     "A policy with a frozen REFRAG model that rewards it. forward(prompts, targets, questions, key, again) → {'loss', 'n_items', 'parts'}."
-    def __init__(self, model: Refrag, policy: ChunkPolicy, *, rate: float, group: int, clip: float):
+    def __init__(self, model: Refrag, policy: ChunkPolicy, *, rate: float, group: int, clip: float, max_length: int | None = None):
         super().__init__()
-        self.model, self.policy, self.rate, self.group, self.clip, self.kept = model, policy, rate, group, clip, {}
+        self.model, self.policy, self.rate, self.group, self.clip, self.max_length = model, policy, rate, group, clip, max_length
+        self.kept = {}  # what was drawn for each micro-batch of a cycle
 
-    def forward(self, prompts, targets, questions, key: str = '', again: bool = False):
-        with torch.no_grad(): vectors, mask = chunk_vectors(self.model.encoder, prompts, self.model.llm.width, self.model.llm.device)
+    def train(self, mode: bool = True) -> 'PolicyTask':
+        "The policy's mode; the model that rewards it stays in evaluation mode."
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, prompts, targets, questions, key: tuple = (), again: bool = False):  # key: the cycle's number, then its items
+        with torch.no_grad(): vectors, mask = chunk_vectors(self.model.vectors, prompts, self.model.llm.width, self.model.llm.device)
         scores = policy_scores(self.model, self.policy, prompts, vectors, mask, questions)
-        if not again: self.kept = {}
-        if key not in self.kept: self.kept[key] = draw_rollouts(
+        self.kept = {k: kept for k, kept in self.kept.items() if k[:1] == key[:1]}
+        if not again or key not in self.kept: self.kept[key] = draw_rollouts(
             scores, self.rate, lambda masks: self.reward(prompts, targets, masks), group=self.group)
         loss, parts = grpo_loss(scores, self.kept[key], self.clip)
         return {'loss': loss.mean(), 'n_items': len(prompts), 'parts': parts}
@@ -356,11 +391,9 @@ class PolicyTask(nn.Module):
     @torch.no_grad()
     def reward(self, prompts, targets, masks: Tensor) -> Tensor:  # [G, B, L] bool -> [G, B]
         "Minus the mean loss of each target after its prompt with these chunks expanded."
-        was, _ = self.model.training, self.model.eval()
         chosen = [{i for i, on in enumerate(row) if on} for row in masks.flatten(0, 1).tolist()]
-        out = -self.model.score(expand(prompts*len(masks), chosen), targets*len(masks)).mean.view(masks.shape[:2])
-        self.model.train(was)
-        return out
+        scored = self.model.score(expand(prompts*len(masks), chosen), targets*len(masks), max_length=self.max_length)
+        return -scored.mean.view(masks.shape[:2])
 
 # %% ../../nbs/45_refrag.ipynb #c363c910
 _KINDS = {'numbers': re.compile(r'\d(?:[\d.,]*\d)?'), 'names': re.compile(r'(?<=[^.!?\n] )[A-Z][\w’\'-]+')}
@@ -376,23 +409,30 @@ def exact_recall(tokenizer, ids: list[int], right: list[bool]) -> dict[str, tupl
     return found
 
 # %% ../../nbs/45_refrag.ipynb #3d8b577d
+def _saved(prompts: list[MixedPrompt], n_dropped: Tensor) -> int:
+    return sum(saved_positions(without_dropped(prompt, n)) for prompt, n in zip(prompts, n_dropped.tolist()))
+
 @torch.no_grad()
-def score_texts(model: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], batch_size: int = 16) -> dict:
-    "Loss per token, perplexity, accuracy, exact recall, mean prompt positions (BOS included). The model's mode is left alone."
+def score_texts(
+    model: Refrag, prompts: list[MixedPrompt], targets: list[list[int]], batch_size: int = 16, max_length: int | None = None,
+) -> dict:
+    """Loss per token, perplexity, accuracy, exact recall, mean prompt positions (BOS included), `rate`: positions without compression
+    over with it, stretches of chunks that `max_length` dropped. The model's mode is left alone."""
     was, _ = model.training, model.eval()
-    loss = right = n = positions = 0
+    loss = right = n = positions = dropped = saved = 0
     counts = {kind: [0, 0] for kind in _KINDS}
     for i in range(0, len(prompts), batch_size):
-        s = model.score(prompts[i:i + batch_size], targets[i:i + batch_size])
+        s = model.score(prompts[i:i + batch_size], targets[i:i + batch_size], max_length=max_length)
         hits = (s.predicted == s.labels) & s.real
         loss, right = loss + s.losses.sum().item(), right + int(hits.sum())
-        n, positions = n + int(s.real.sum()), positions + int(s.n_tokens.sum())
+        n, positions, dropped = n + int(s.real.sum()), positions + int(s.n_tokens.sum()), dropped + int(s.n_dropped.sum())
+        saved += _saved(prompts[i:i + batch_size], s.n_dropped)
         for ids, hit, real in zip(targets[i:], hits, s.real):
             for kind, found in exact_recall(model.llm.tokenizer, ids, hit[real].tolist()).items():
                 counts[kind] = [a + b for a, b in zip(counts[kind], found)]
     model.train(was)
     return {'loss': loss/n, 'perplexity': math.exp(min(loss/n, 700.)), 'accuracy': right/n, 'n_tokens': n,
-            'positions': positions/len(prompts), **{f'exact_{kind}': k/m for kind, (k, m) in counts.items() if m},
+            'positions': positions/len(prompts), 'rate': 1 + saved/positions, 'n_dropped': dropped, **{f'exact_{kind}': k/m for kind, (k, m) in counts.items() if m},
             **{f'n_{kind}': m for kind, (_, m) in counts.items()}}
 
 # %% ../../nbs/45_refrag.ipynb #e3a6b0b3
@@ -401,20 +441,21 @@ def answer_questions(
     batch_size: int = 16, failed: int = 0,  # malformed records: 0 in every score
     progress: str | None = None,
 ) -> tuple[dict, list[dict]]:
-    "(squad/… and strict/… scores, EM of answers that are numbers and of others, prompt positions, dropped passages; predictions)."
+    "(squad/… and strict/… scores, EM of answers that are numbers and of others, prompt positions, rate, dropped passages; predictions)."
     from tqdm import tqdm
     was, _ = model.training, model.eval()
-    rows, positions, dropped, stopped = [], 0, 0, 0
+    rows, positions, dropped, stopped, saved = [], 0, 0, 0, 0
     for i in tqdm(range(0, len(prompts), batch_size), progress, unit='batch', disable=progress is None):
         with torch.no_grad(): batch = model.batch(prompts[i:i + batch_size], max_length=config.max_length)
         said = generate(model.llm, batch, max_new_tokens=config.max_new_tokens)
         new = batch.n_tokens.sum(), batch.n_dropped.sum(), said.stopped.sum()
         positions, dropped, stopped = (a + int(b) for a, b in zip((positions, dropped, stopped), new))
+        saved += _saved(prompts[i:i + batch_size], batch.n_dropped)
         rows += [{'id': r.id, 'question': r.question, 'prediction': [a for a in split_answers(text) if a != NO_ANSWER], 'answer': r.answers}
                  for r, text in zip(records[i:], said.texts)]
     model.train(was)
     out = score_predictions(rows, ('squad', 'strict'), failed=failed) | {
-        'positions': positions/len(rows), 'passages_dropped': dropped, 'stopped': stopped/len(rows)}
+        'positions': positions/len(rows), 'rate': 1 + saved/positions, 'passages_dropped': dropped, 'stopped': stopped/len(rows)}
     for kind, some in (('numbers', True), ('names', False)):
         of_kind = [row for row in rows if row['answer'] and any(c.isdigit() for c in row['answer'][0]) == some]
         if of_kind: out[f'answers_{kind}/em'] = score_predictions(of_kind, 'squad')['squad/em']
@@ -440,15 +481,36 @@ def _split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     held = min(max(1, round(share*n)), n - 1)
     return sorted(order[held:]), sorted(order[:held])
 
+_ON_QUESTIONS = ('instruct', 'policy')
+
+def _unseen(config: RefragConfig, held: list[int], keys: list, trained_keys) -> list[int]:
+    """The held-out items that no run before this one was trained on; all, where those split the same data in the same way.
+    TrainingError where none is left."""
+    on_questions = config.stage in _ON_QUESTIONS
+    how = (*(('questions', 'n_questions') if on_questions else ('texts',)), 'val_share', 'seed')
+    alike = lambda c: [getattr(c, name) for name in how] == [getattr(config, name) for name in how]
+    seen = {key for c in runs_before(config) if (c.stage in _ON_QUESTIONS) == on_questions and not alike(c) for key in trained_keys(c)}
+    left = [i for i in held if keys[i] not in seen]
+    if not left: raise TrainingError(f'all {len(held)} texts or questions held out here were trained on by a run before: '
+                                     f'give the same {", ".join(how)} as there')
+    return left
+
+def _trained_texts(config: RefragConfig) -> list[str]:
+    texts = read_texts(config.texts or [_world('train')])
+    return [texts[i] for i in _split(len(texts), config.val_share, config.seed)[0]]
+
 def split_texts(config: RefragConfig, tokenizer) -> tuple[Rows, list[list[int]], dict]:
-    "(rows to train on, held-out rows of full length, counts). The same for all stages of the same seed, texts and `val_share`."
+    """(rows to train on, held-out rows of full length, counts). The same for all stages of the same seed, texts and `val_share`; where
+    these differ, what a stage before was trained on is not held out (nor trained on) here, and counted."""
     texts = read_texts(config.texts or [_world('train')])
     ids = tokenize(tokenizer, texts)
     longest = config.n_context + (0 if config.stage == 'reconstruct' else config.n_next)
-    train, held = (Rows([ids[i] for i in part], longest) for part in _split(len(ids), config.val_share, config.seed))
-    val = held.spread(config.val_rows, config.seed)
-    return train, val, {'n_texts': len(ids), 'n_texts_too_short': train.n_short + held.n_short, 'n_tokens_read': sum(map(len, train.texts)),
-                        'n_val_rows': len(val)}
+    trained, held = _split(len(ids), config.val_share, config.seed)
+    unseen = _unseen(config, held, texts, _trained_texts)
+    train, val = (Rows([ids[i] for i in part], longest) for part in (trained, unseen))
+    rows = val.spread(config.val_rows, config.seed)
+    return train, rows, {'n_texts': len(ids), 'n_texts_too_short': train.n_short + val.n_short, 'n_tokens_read': sum(map(len, train.texts)),
+                         'n_val_rows': len(rows), 'n_held_out_seen': len(held) - len(unseen)}
 
 # %% ../../nbs/45_refrag.ipynb #3a55d981
 def _world(part: str) -> str:
@@ -480,15 +542,25 @@ def grouped(records: list[ReadingRecord]) -> list[list[ReadingRecord]]:
 def split_questions(config: RefragConfig) -> tuple[list[list[ReadingRecord]], list[ReadingRecord], dict]:
     "(groups of records to train on, held-out records, counts)."
     bad = []
-    groups = grouped(read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions])
-    train, held = ([groups[i] for i in part] for part in _split(len(groups), config.val_share, config.seed))
-    held = [r for group in held for r in group]
-    held = random.Random(config.seed).sample(held, min(config.val_rows, len(held)))
-    return train, held, {'n_questions': sum(map(len, train)), 'n_malformed': len(bad), 'n_val_rows': len(held)}
+    groups = _groups(config, bad)
+    trained, held = _split(len(groups), config.val_share, config.seed)
+    unseen = _unseen(config, held, [tuple(group[0].context) for group in groups], _trained_passages)
+    rows = [r for i in unseen for r in groups[i]]
+    rows = random.Random(config.seed).sample(rows, min(config.val_rows, len(rows)))
+    return [groups[i] for i in trained], rows, {
+        'n_questions': sum(len(groups[i]) for i in trained), 'n_malformed': len(bad), 'n_val_rows': len(rows),
+        'n_held_out_seen': len(held) - len(unseen)}
+
+def _groups(config: RefragConfig, bad: list) -> list[list[ReadingRecord]]:
+    return grouped(read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions])
+
+def _trained_passages(config: RefragConfig) -> list[tuple[str, ...]]:
+    groups = _groups(config, [])
+    return [tuple(groups[i][0].context) for i in _split(len(groups), config.val_share, config.seed)[0]]
 
 def _with_all(group: list[ReadingRecord]) -> ReadingRecord:
     "A group's first record, with all passages as gold where there are others: each question needs its own."
-    return group[0] if len(group) == 1 else group[0].model_copy(update={'gold': [*range(len(group[0].context))]})
+    return group[0] if len(group) == 1 or group[0].gold is None else group[0].model_copy(update={'gold': [*range(len(group[0].context))]})
 
 def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[list[int]], list[list[bool]]]:
     "(ids of each group's first answer, then its other questions with their answers; which of them are answers or their EOS)."
@@ -535,7 +607,8 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
         rng, groups = random.Random(f'{config.seed} {items[0]}'), [train[order[i]] for i in items]
         prompts, _ = question_prompts(config, model.llm.tokenizer, [_with_all(group) for group in groups])
         if rng.random() < config.reconstruct_share and any(n_chunks(p) for p in prompts):
-            return dict(zip(('prompts', 'targets'), chunk_rows(prompts, _start(model.llm), 32*len(items), rng)))
+            rows, targets = chunk_rows(prompts, _start(model.llm), 32*len(items), rng)
+            return {'prompts': rows, 'targets': targets, 'n_items': len(items)}
         if share := expanded_share(config, items[0]/len(train), rng):
             asked = [[r.question for r in group] for group in groups]
             prompts = expand(prompts, overlapping(model.llm, prompts, asked, share, rng) if config.expand_by == 'overlap' else share, rng)
@@ -545,14 +618,16 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
         prompts, answers = question_prompts(config, model.llm.tokenizer, held)
         prompts = expand_chosen(model, config, prompts, [r.question for r in held])
         metrics, _ = answer_questions(model, prompts, held, config, micro_batches(config)[0])
-        return metrics | {'loss': score_texts(model, prompts, answer_ids(model.llm, answers), micro_batches(config)[0])['loss']}
+        scored = score_texts(model, prompts, answer_ids(model.llm, answers), micro_batches(config)[0], config.max_length)
+        return metrics | {'loss': scored['loss']}
     return _Work(model, list(range(len(train))), collate, measure, 'squad/f1', True, config.expand_start is None, counts)
 
 # %% ../../nbs/45_refrag.ipynb #6d03dff0
 def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
     set_seed(config.seed)
-    task = PolicyTask(model, _new_policy(config, model.llm), rate=config.expand, group=config.group, clip=config.clip)
+    task = PolicyTask(model, _new_policy(config, model.llm), rate=config.expand, group=config.group, clip=config.clip,
+                      max_length=config.max_length)
     rng, size = random.Random(config.seed), config.batch_size
     train = [r for group in train for r in group]
     cycles = [[rng.randrange(len(train)) for _ in range(size)] for _ in range(math.ceil(config.updates/config.passes))]
@@ -561,16 +636,21 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
         records = [train[i] for i, _, _ in items]
         prompts, answers = question_prompts(config, model.llm.tokenizer, records)
         return {'prompts': prompts, 'targets': answer_ids(model.llm, answers), 'questions': [r.question for r in records],
-                'key': ' '.join(f'{n}:{i}' for i, n, _ in items), 'again': bool(items[0][2])}
+                'key': (items[0][1], *(i for i, _, _ in items)), 'again': bool(items[0][2])}
     prompts, answers = question_prompts(config, model.llm.tokenizer, held)
     asked, targets, size = [r.question for r in held], answer_ids(model.llm, answers), micro_batches(config)[0]
     def measure(task):
-        loss = lambda selector: score_texts(model, expand(prompts, choose_chunks(
-            model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)), targets, size)['loss']
-        return {'loss': (now := loss('policy')), 'reward': -now, 'random/loss': loss('random')}
+        scored = lambda selector: score_texts(model, expand(prompts, choose_chunks(
+            model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)), targets, size, config.max_length)
+        found = scored('policy')
+        return {'loss': found['loss'], 'reward': -found['loss'], 'random/loss': scored('random')['loss'], 'n_dropped': found['n_dropped']}
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
 
 # %% ../../nbs/45_refrag.ipynb #cc7edf74
+def misread(encoder: ChunkEncoder | None) -> dict:
+    "Of the chunks that a text encoder was given, each time that it was: those longer than its window, those with a letter broken in two."
+    return {} if encoder is None or encoder.tokenizer is None else {'n_chunks_cut': encoder.n_cut, 'n_chunks_broken': encoder.n_broken}
+
 def train_refrag(
     config: RefragConfig, *,
     run: str | None = None,  # its name; None: one made of the date
@@ -590,7 +670,7 @@ def train_refrag(
         told = fit(work.model, work.items, work.collate, config, r, work.measure, work.metric, work.greater,
                    label=config.stage, learning_rates=rates, shuffle=work.shuffle,
                    may_skip=config.stage in ('cpt', 'instruct'))  # a batch of text alone needs no encoder
-        metrics = work.measure(work.model) | told | work.counts
+        metrics = work.measure(work.model) | told | work.counts | misread(model.encoder)
         if r.writes:
             save_refrag(r, config, model, state, getattr(work.model, 'policy', None))
             save_figure(plot_stage(r.read_log(), config.stage), r.figures/'training.png', close=True)
@@ -602,6 +682,7 @@ def plot_stage(log: list[dict], title: str = ''):
     fig = plot_training(log, ('first', 'last'), ('accuracy', 'squad/f1', 'exact_numbers', 'exact_names'), title)
     for ax in fig.axes[:1]: ax.set(ylabel='loss (nats per token)', yscale='linear')
     fig.axes[2].set(ylabel='on held-out rows')
+    if title == 'policy': fig.axes[0].set(ylabel='loss (clipped, of the choices drawn)')
     return fig
 
 # %% ../../nbs/45_refrag.ipynb #f62becbb
@@ -621,7 +702,8 @@ def _held_out(config: RefragConfig, model: Refrag, data: str | None, limit: int 
     if data is None:
         _, val, counts = split_texts(replace(config, val_rows=limit or _MOST_ROWS), model.llm.tokenizer)
         return val, {'n_texts_too_short': counts['n_texts_too_short']}
-    seen = {line for text in read_texts(config.texts or [_world('train')]) for line in text.split('\n')}
+    sources = {tuple(c.texts) for c in (config, *runs_before(config)) if c.stage not in _ON_QUESTIONS}
+    seen = {line for texts in sources for text in read_texts(texts or [_world('train')]) for line in text.split('\n')}
     every = [line for text in read_texts([data]) for line in text.split('\n')]
     new = [line for line in every if line not in seen]
     texts = ['\n'.join(new[i:i + _PER_TEXT]) for i in range(0, len(new), _PER_TEXT)]
@@ -644,16 +726,11 @@ def evaluate_texts(
             chosen = choose_chunks(model, name, prompts['refrag'], config.expand, policy=policy, seed=config.seed)
             prompts[f'expand_{name}'] = expand(prompts['refrag'], chosen)
     found = {name: score_texts(model, some, targets) for name, some in prompts.items() if controls or name == 'refrag'}
-    return _flat_rows(found, prompts['refrag'])
+    return _flat_rows(found)
 
-def _flat_rows(found: dict[str, dict], prompts: list[MixedPrompt]) -> dict:
-    "The row `refrag` as it is, with its `rate`; the others with their name before each figure."
-    saved = sum(len(c) - 1 for prompt in prompts for piece in prompt if isinstance(piece, Chunks)
-                for i, c in enumerate(piece.ids) if not piece.is_expanded(i))/len(prompts)
-    out = found['refrag'] | {'rate': 1 + saved/found['refrag']['positions']}
-    for name, row in found.items():
-        if name != 'refrag': out |= {f'{name}/{key}': value for key, value in row.items()}
-    return out
+def _flat_rows(found: dict[str, dict]) -> dict:
+    "The row `refrag` as it is, the others with their name before each figure."
+    return {key if name == 'refrag' else f'{name}/{key}': value for name, row in found.items() for key, value in row.items()}
 
 # %% ../../nbs/45_refrag.ipynb #fc17d9a7
 def evaluate_questions(
@@ -670,7 +747,7 @@ def evaluate_questions(
         for name in SELECTORS[:-1] if config.expand else (): rows[f'expand_{name}'] = expand(prompts, choose_chunks(
             model, name, prompts, config.expand, questions=asked, seed=config.seed))
     found = {name: answer_questions(model, some, records, config, failed=failed, progress=name) for name, some in rows.items()}
-    return _flat_rows({name: metrics for name, (metrics, _) in found.items()}, rows['refrag']), found['refrag'][1]
+    return _flat_rows({name: metrics for name, (metrics, _) in found.items()}), found['refrag'][1]
 
 # %% ../../nbs/45_refrag.ipynb #e3e9998e
 def _records(data: str, split: str) -> tuple[list[ReadingRecord], list]:
@@ -683,9 +760,16 @@ def evaluate_refrag(
     *, split: str = 'test', limit: int | None = None, skip_bad: bool = False,
     predictions: str | None = None,  # also write each answer here (.jsonl)
     controls: bool = False,  # add the rows `full/…`, `none/…`, `last/…`, `expand_…/…`
+    vectors: str | None = None,  # a file of chunk vectors: those in it are not computed again, the others are added; none: all computed
 ) -> dict:
-    "Metrics of a run on held-out text (perplexity, exact recall, rate) and, after `instruct` or `policy`, on questions."
+    """Metrics of a run on held-out text (perplexity, exact recall, rate) and, after `instruct` or `policy`, on questions. ValueError
+    where text is measured and options are given that only questions know."""
     model, policy, config = load_refrag(run)
+    if vectors and model.encoder is not None: model.keep_vectors(vectors)
+    found = _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) | misread(model.encoder)
+    return found if model.store is None else found | {'vectors/n_computed': model.store.n_computed, 'vectors/hit_rate': model.store.hit_rate}
+
+def _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) -> dict:
     if config.stage in ('instruct', 'policy'):
         if data is None: records, bad = split_questions(replace(config, val_rows=limit or sys.maxsize))[1], []
         else: records, bad = _records(data, split)
@@ -693,6 +777,7 @@ def evaluate_refrag(
         metrics, rows = evaluate_questions(model, policy, config, records[:limit], controls, len(bad))
         if predictions: write_jsonl(predictions, rows)
         return metrics
+    if predictions or skip_bad: raise ValueError(f'a run of the stage {config.stage} is measured on text: no predictions, no skip_bad')
     if model.encoder is None: model.encoder = ChunkEncoder(model.llm, 'identity')  # pretrain: no vectors were trained
     rows, counts = _held_out(config, model, data, limit)
     return evaluate_texts(model, policy, config, rows, controls) | counts
@@ -717,6 +802,8 @@ def diagnose_refrag(
     else: prompts, targets = text_prompts(config, model.llm, _held_out(config, model, data, limit)[0])
     batch, s = model.batch(prompts, max_length=config.max_length), model.score(prompts[:1], targets[:1])
     at = batch.input_ids == -1
+    of_chunk = torch.tensor([on for row in is_chunk(prompts, batch.n_dropped.tolist()) for on in row], device=at.device)
+    at = at.masked_scatter(at, of_chunk)  # not BOS and other tokens that are given as embeddings
     measured, r = measure_vectors(model.llm, batch.inputs_embeds[at], positions=batch.position_ids[at]), load_run(run)
     drawn = [save_figure(plot_stage(r.read_log(), config.stage), r.figures/'training.png', close=True)]
     if measured.table['usable'].any(): drawn += draw_vectors(measured, r.figures, run)
