@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .runs import closest
+from .runs import closest, refuse_fp16
 
 # %% ../nbs/11_llm.ipynb #ce2f333a
 @dataclass(repr=False)
@@ -433,9 +433,7 @@ _adapter_files = ('adapter_model.safetensors', 'adapter_config.json')
 # %% ../nbs/11_llm.ipynb #c3598bd8
 def _settle_precision(precision: str, device: torch.device) -> str:
     "'bf16' or 'fp32'. ValueError for fp16, and for anything unknown."
-    if precision in ('fp16', 'float16', 'half'):
-        raise ValueError('fp16 overflows in hybrid models and in LoRA steps (NaN after the first update): bf16 on a GPU, fp32 on a CPU')
-    if precision not in ('auto', 'bf16', 'fp32'): raise ValueError(f'no precision {precision!r}: auto, bf16 or fp32')
+    if refuse_fp16(precision) not in ('auto', 'bf16', 'fp32'): raise ValueError(f'no precision {precision!r}: auto, bf16 or fp32')
     if precision != 'auto': return precision
     return 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
 

@@ -432,7 +432,8 @@ def score_texts(
                 counts[kind] = [a + b for a, b in zip(counts[kind], found)]
     model.train(was)
     return {'loss': loss/n, 'perplexity': math.exp(min(loss/n, 700.)), 'accuracy': right/n, 'n_tokens': n,
-            'positions': positions/len(prompts), 'rate': 1 + saved/positions, 'n_dropped': dropped, **{f'exact_{kind}': k/m for kind, (k, m) in counts.items() if m},
+            'positions': positions/len(prompts), 'rate': 1 + saved/positions, 'n_dropped': dropped,
+            **{f'exact_{kind}': k/m for kind, (k, m) in counts.items() if m},
             **{f'n_{kind}': m for kind, (_, m) in counts.items()}}
 
 # %% ../../nbs/45_refrag.ipynb #e3a6b0b3
@@ -640,8 +641,8 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     prompts, answers = question_prompts(config, model.llm.tokenizer, held)
     asked, targets, size = [r.question for r in held], answer_ids(model.llm, answers), micro_batches(config)[0]
     def measure(task):
-        scored = lambda selector: score_texts(model, expand(prompts, choose_chunks(
-            model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)), targets, size, config.max_length)
+        chosen = lambda selector: choose_chunks(model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)
+        scored = lambda selector: score_texts(model, expand(prompts, chosen(selector)), targets, size, config.max_length)
         found = scored('policy')
         return {'loss': found['loss'], 'reward': -found['loss'], 'random/loss': scored('random')['loss'], 'n_dropped': found['n_dropped']}
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
@@ -767,7 +768,8 @@ def evaluate_refrag(
     model, policy, config = load_refrag(run)
     if vectors and model.encoder is not None: model.keep_vectors(vectors)
     found = _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) | misread(model.encoder)
-    return found if model.store is None else found | {'vectors/n_computed': model.store.n_computed, 'vectors/hit_rate': model.store.hit_rate}
+    if model.store is not None: found |= {'vectors/n_computed': model.store.n_computed, 'vectors/hit_rate': model.store.hit_rate}
+    return found
 
 def _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) -> dict:
     if config.stage in ('instruct', 'policy'):
