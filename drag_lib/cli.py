@@ -362,17 +362,26 @@ DIAGNOSERS = {'drag-phase2': ('drag_lib.phase2', 'diagnose_phase2'), 'refrag': (
 def _ask(
     run: str,
     question: str,
-    graph: Annotated[str, typer.Option(help='Triples: .csv, .tsv, .txt, .jsonl (each also .gz), .parquet or .nt.')],
+    graph: Annotated[str | None, typer.Option(help='D-RAG: triples (.csv, .tsv, .txt, .jsonl, each also .gz; .parquet, .nt).')] = None,
     topics: Annotated[list[str] | None, typer.Option(
-        '--topic', help='Entity to start from; repeatable. Without: those that the question names.')] = None,
-    budget: Annotated[int, typer.Option(min=1, help='Facts of the subgraph that is read.')] = 200,
+        '--topic', help='D-RAG: entity to start from; repeatable. Without: those that the question names.')] = None,
+    budget: Annotated[int, typer.Option(min=1, help='D-RAG: facts of the subgraph that is read.')] = 200,
+    index: Annotated[str | None, typer.Option(help='REFRAG: folder of passages, made by drag refrag index.')] = None,
+    n_passages: Annotated[int | None, typer.Option(min=1, help='REFRAG: passages read; without: as many as in training.')] = None,
     as_json: _Json = False,
 ):
-    "Answer a question, with the facts that were read and their probabilities."
-    found = _call(as_json, _library('drag_lib.phase2', 'ask'), run, question, graph, topics=topics, budget=budget)
+    "Answer a question, with the facts that were read and their probabilities, or the passages and their cosines."
+    if load_run(run).manifest['method'] == 'refrag':
+        if index is None or graph or topics: raise UsageError(f'{run} is a run of REFRAG: it reads passages, give --index (and no graph)')
+        found = _call(as_json, _library('drag_lib.refrag.answers', 'ask_corpus'), run, question, index, n_passages=n_passages)
+        read = [f"{p['score']:.3f}  {p['text']}" for p in found['passages']]
+    else:
+        if graph is None or index or n_passages: raise UsageError(f'{run} is no run of REFRAG: it reads facts, give --graph (and no index)')
+        found = _call(as_json, _library('drag_lib.phase2', 'ask'), run, question, graph, topics=topics, budget=budget)
+        read = [f'{p:.3f}  {h} — {r} — {t}' for h, r, t, p in found['facts']]
     if as_json: return print(json.dumps(found, ensure_ascii=False, allow_nan=False))
     print(' | '.join(found['answer']) or '(no answer)')
-    for h, r, t, p in found['facts'][:10]: print(f'   {p:.3f}  {h} — {r} — {t}')
+    for line in read[:10]: print(f'   {line}')
 
 @app.command('diagnose')
 def _diagnose(
@@ -432,8 +441,19 @@ def _bench(ctx: typer.Context):
     _print(_call(as_json, function, **values), as_json)
 
 # %% ../nbs/91_cli.ipynb #631a5e35
-refrag_app = typer.Typer(rich_markup_mode=None, help='REFRAG: what it costs and saves.')
+refrag_app = typer.Typer(rich_markup_mode=None, help='REFRAG: passages to be asked about, what it costs and saves.')
 app.add_typer(refrag_app, name='refrag')
+
+@refrag_app.command('index')
+def _index(
+    source: Annotated[str, typer.Argument(help='.jsonl(.gz): rows with text (and _id, title), or reading records.')],
+    out: Annotated[str, typer.Option(help='Folder of the index.')],
+    kind: Annotated[str, typer.Option(help='flat, hnsw or ivf-pq.')] = 'flat',
+    encoder: Annotated[str, typer.Option(help='That finds passages: minilm, or a sentence-transformers name or folder.')] = 'minilm',
+    as_json: _Json = False,
+):
+    "Index passages, for drag ask RUN QUESTION --index FOLDER."
+    _print(_call(as_json, _library('drag_lib.refrag.answers', 'index_corpus'), source, out, kind=kind, encoder=encoder), as_json)
 
 @refrag_app.command('budget', context_settings=_words)
 def _budget(ctx: typer.Context):

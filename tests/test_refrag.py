@@ -94,6 +94,34 @@ def test_the_stages_after_it(home, whole, drag):
     assert 'vectors.png' in {p.name for p in (home/'figures'/'whole').iterdir()}, err
 
 
+def test_ask_a_corpus(home, whole, drag):
+    code, out, err = drag(train('instruct', run='answers', start='whole', updates=2))
+    assert code == 0, err
+    code, out, err = drag('refrag index others.jsonl --out index --kind hnsw --json')
+    assert code == 0 and json.loads(out)['n_passages'] > 9, err
+    asked = json.loads((home/'others.jsonl').read_text().splitlines()[0])['question']
+    found = [json.loads(drag(['ask', 'answers', asked, '--index', 'index', '--json'])[1]) for _ in range(2)]
+    assert found[0].pop('vectors_computed') > found[1].pop('vectors_computed') == 0 and found[0] == found[1]
+    assert len(found[0]['passages']) == 2 and isinstance(found[0]['answer'], list) and found[0]['positions'] < found[0]['positions_as_text']
+    code, out, err = drag(['ask', 'answers', asked, '--index', 'index', '--n-passages', '3'])
+    assert code == 0 and len(out.splitlines()) == 4, err
+    for words, code, parts in ((['ask', 'answers', asked], 2, ['--index']), (['ask', 'answers', asked, '--graph', 'g.csv'], 2, ['--index']),
+                               (['ask', 'whole', asked, '--index', 'index'], 1, ['reconstruct']),
+                               (['ask', 'answers', asked, '--index', 'none'], 1, ['not a passage index']),
+                               ('refrag index text.jsonl --out index2 --kind tree'.split(), 1, ['tree'])):
+        got, out, err = drag(words)
+        assert (got, out) == (code, ''), err
+        one_error(err, *parts)
+
+
+def test_budget(drag):
+    code, out, err = drag('refrag budget --llm llama-3-8b --context 16384 --k 16 --json')
+    assert code == 0 and any('speedup' in key for key in json.loads(out)), err
+    code, out, err = drag('refrag budget --llm no-such-model')
+    assert code and out == ''
+    one_error(err, 'no-such-model')
+
+
 def test_new_questions(home, whole, drag):
     write(home/'golden.jsonl', [{'id': f'g{i}', 'question': f'What is the capital of {a}?', 'answers': [b], 'gold': [0],
                                  'context': [f'The country of {a} is big. Its capital is {b}.', f'The city of {c} is old.']}

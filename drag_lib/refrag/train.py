@@ -641,7 +641,8 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     prompts, answers = question_prompts(config, model.llm.tokenizer, held)
     asked, targets, size = [r.question for r in held], answer_ids(model.llm, answers), micro_batches(config)[0]
     def measure(task):
-        chosen = lambda selector: choose_chunks(model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)
+        chosen = lambda selector: choose_chunks(
+            model, selector, prompts, config.expand, questions=asked, policy=task.policy, seed=config.seed)
         scored = lambda selector: score_texts(model, expand(prompts, chosen(selector)), targets, size, config.max_length)
         found = scored('policy')
         return {'loss': found['loss'], 'reward': -found['loss'], 'random/loss': scored('random')['loss'], 'n_dropped': found['n_dropped']}
