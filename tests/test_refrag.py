@@ -114,6 +114,25 @@ def test_ask_a_corpus(home, whole, drag):
         one_error(err, *parts)
 
 
+def test_gradient_checkpointing_computes_layers_again(home, whole, monkeypatch):
+    import torch
+    from drag_lib.refrag.model import cut
+    from drag_lib.refrag.train import RefragConfig, build_refrag
+    monkeypatch.setenv('DRAG_HOME', str(home))
+    monkeypatch.chdir(home)
+    found = []
+    for on in (False, True):
+        model, _ = build_refrag(RefragConfig(stage='cpt', start='whole', k=4, n_context=16, gradient_checkpointing=on))
+        calls, row = [], list(range(5, 21))
+        model.train().lm.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+        loss = model([[cut(row, 4)]], [row])['loss']
+        loss.backward()
+        found.append((len(calls), loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (once, loss, gradients), (twice, same, others) = found
+    assert (once, twice) == (1, 2) and same == pytest.approx(loss, abs=1e-6) and gradients.keys() == others.keys()
+    assert all(torch.allclose(gradients[n], others[n], atol=1e-6) for n in gradients)
+
+
 def test_budget(drag):
     code, out, err = drag('refrag budget --llm llama-3-8b --context 16384 --k 16 --json')
     assert code == 0 and any('speedup' in key for key in json.loads(out)), err

@@ -126,6 +126,13 @@ def test_gpu_script_times_both_loops_and_leaves_one_out_in_one_line(tmp_path, mi
     assert result.get('library_loop/updates', 6) == 6 and not (ROOT / 'checkpoints' / 'library-loop').exists()
 
 
+def test_gpu_script_of_refrag_runs_without_a_gpu(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / 'scripts' / 'gpu_ttft.py', '--tiny', '--out', tmp_path / 'out.json'],
+                          capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'out.json').stat().st_size > 500 and 'k32/kept' in done.stdout and 'formula' in done.stdout
+
+
 def test_lock_meets_settings(monkeypatch):
     assert lock.problems() == []
     locked = lock.read_lock()

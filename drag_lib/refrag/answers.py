@@ -83,9 +83,10 @@ class CorpusReader:
         chosen = expand_chosen(self.model, self.config, prompts, questions, self.policy)
         batch = self.model.batch(chosen, max_length=self.config.max_length)
         said = generate(self.model.llm, batch, max_new_tokens=self.config.max_new_tokens)
-        return [_answer(*of) for of in zip(hits, chosen, said.texts, said.stopped.tolist(), batch.n_tokens.tolist(), batch.n_dropped.tolist())]
+        counts = (x.tolist() for x in (said.stopped, batch.n_tokens, batch.n_dropped))
+        return [_answer(*of) for of in zip(hits, chosen, said.texts, *counts)]
 
-def _answer(hits, prompt, text: str, stopped: bool, positions: int, n_dropped: int) -> dict:
+def _answer(hits, prompt, text, stopped, positions, n_dropped) -> dict:
     lines = [piece for piece in prompt if isinstance(piece, Chunks)]
     passages = [{'id': hit.id, 'score': round(hit.score, 4), 'title': hit.title, 'text': hit.text, 'chunks': len(line),
                  'as_tokens': sum(line.is_expanded(i) for i in range(len(line)))} for hit, line in zip(hits, lines)]

@@ -220,11 +220,11 @@ def runs_before(config: RefragConfig) -> Iterator[RefragConfig]:
         except RunError: return
         yield (config := _config_of(config.start))
 
-def _load_decoder(state: dict, decoder: str, checkpointing: bool = False) -> LLM:
+def _load_decoder(state: dict, decoder: str, checkpointing: bool = False, precision: str = 'auto') -> LLM:
     where = str(load_run(state['llm']).folder/'llm') if state['llm'] else state['name']
     logging.disable_progress_bar()
     with redirect_stdout(sys.stderr):
-        llm = load_llm(where, precision='fp32' if decoder == 'all' else 'auto', gradient_checkpointing=checkpointing)
+        llm = load_llm(where, precision='fp32' if 'fp32' == precision or decoder == 'all' else 'auto', gradient_checkpointing=checkpointing)
     if state['adapter']: load_adapter(llm, load_run(state['adapter']).folder/'adapter')
     if state['adapter'] and decoder == 'all': llm.model = llm.model.merge_and_unload()
     return llm
@@ -237,7 +237,7 @@ def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
     if state['encoder'] and state['config']['k'] != config.k:
         raise ValueError(f'{config.start} was trained with k = {state["config"]["k"]}: give the same')
     set_seed(config.seed)
-    llm, decoder = _load_decoder(state, config.decoder, config.gradient_checkpointing), config.decoder
+    llm, decoder = _load_decoder(state, config.decoder, config.gradient_checkpointing, config.precision), config.decoder
     if decoder == 'lora' and not state['adapter']: add_lora(llm, rank=config.lora_rank, alpha=config.lora_alpha)
     if decoder != 'lora': llm.model.requires_grad_(decoder == 'all')
     encoder = None
