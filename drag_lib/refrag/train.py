@@ -351,7 +351,7 @@ def policy_scores(
     if policy is None: raise ValueError('this run has no policy: train the stage `policy`')
     if policy.config.question and questions is None: raise ValueError('this policy was trained to be shown the question, and there is none')
     with torch.no_grad():
-        asked = question_vectors(model.vectors, model.llm, questions, model.k) if policy.config.question else None
+        asked = question_vectors(model.encoder, model.llm, questions, model.k) if policy.config.question else None
         seen = model.attention(prompts) if policy.config.n_attention else None
         shared = question_overlap(model.llm, prompts, questions) if policy.config.overlap else None
     return policy(vectors, mask, asked, seen, shared)
