@@ -388,14 +388,15 @@ def _diagnose(
     run: str,
     data: Annotated[str | None, typer.Option(
         help="Record file, data set folder or hub name; without: the run's validation questions.")] = None,
-    split: Annotated[str, typer.Option(help='Split, where DATA is a folder or hub name.')] = 'validation',
+    split: Annotated[str | None, typer.Option(
+        help="Split, where DATA is a folder or hub name; without: validation, or the method's own (test).")] = None,
     limit: Annotated[int, typer.Option(min=1, help='Questions answered.')] = 200,
     as_json: _Json = False,
 ):
     "How a run's generations end and what its vectors look like: figures, plots, a gate; exit code 1 where they are not healthy."
     method = load_run(run).manifest['method']
     if method not in DIAGNOSERS: raise RunError(f'run {run!r}: drag diagnose does not know the method {method!r}')
-    found = _call(as_json, _library(*DIAGNOSERS[method]), run, data, split=split, limit=limit)
+    found = _call(as_json, _library(*DIAGNOSERS[method]), run, data, limit=limit, **({} if split is None else {'split': split}))
     failures, supervised, plots = (found.pop(k) for k in ('failures', 'supervised', 'plots'))
     if not as_json: print(f'Examples:\n{supervised.to_string(index=False)}\n')
     _print(found | {'n_failures': len(failures)}, as_json)

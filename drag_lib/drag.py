@@ -21,6 +21,7 @@ from transformers import set_seed
 
 from .files import write_json, write_jsonl
 from .graphs import Batch, PackedQuestions, add_question_vectors, group_index, group_members, pack_questions, summary
+from .llm import own_device
 from .metrics import (brier, expected_calibration_error, fit_temperature, plot_reliability, retrieval_metrics, segment_ranks,
                               selection_metrics)
 from .records import iter_questions
@@ -260,7 +261,7 @@ def load_retriever(run: str) -> tuple[Retriever, dict]:
     shape = {k: settings[k] for k in ('text_width', 'dim', 'n_layers', 'novelty_weight')}
     model = Retriever(**shape, known_relations=weights['known_relations'])
     model.load_state_dict(weights)
-    return model.eval().to('cuda' if torch.cuda.is_available() else 'cpu'), settings
+    return model.eval().to(own_device()), settings
 
 # %% ../nbs/10_drag.ipynb #8348bfee
 def evaluate_phase1(

@@ -101,7 +101,7 @@ class DRAG(nn.Module):
         n_passes: int = 1,  # forward passes of the whole training: over them the temperature goes to its end
         top_k: int = 100, threshold: float = .01, fallback: int = 1,
         ret_weight: float = .1,  # of the retrieval loss
-        balance_every: int = 0,  # updates between two balancings of ret_weight by gradient norms; 0: static
+        balance_every: int = 0,  # forward passes (an update's micro-batches are one each) between two balancings of ret_weight; 0: static
         balance_rho: float = .9,
         rho: float = .7, margin: float = 1.,  # of the retrieval loss
         max_length: int | None = None, max_answers: int | None = None, eos_loss_weight: float = 1.,
@@ -118,6 +118,13 @@ class DRAG(nn.Module):
         self.supervise = 'all' if estimator == 'score_function' else supervise  # its draws are compared, so by one label
         self.register_buffer('ret_weight', torch.tensor(float(ret_weight)))  # buffers: a resumed training goes on with them
         self.register_buffer('passes', torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> 'DRAG':
+        "As of any module, but a retriever or projector that is not trained stays in evaluation mode: no dropout in what nobody learns."
+        super().train(mode)
+        for part in (self.retriever, self.projector):
+            if part is not None and not any(p.requires_grad for p in part.parameters()): part.eval()
+        return self
 
     @property
     def tau(self) -> float: return temperature_at(int(self.passes), self.n_passes, self.tau_start, self.tau_end)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GIB', 'LORA_TARGETS', 'LLM', 'mend', 'from_parts', 'byte_tokenizer', 'tiny_llm', 'fault_matrix', 'Preset',
            'meta_model', 'lora_groups', 'memory_needed', 'memory_left', 'check_memory', 'add_lora', 'trainable_table',
-           'save_adapter', 'load_adapter', 'find_model', 'read_pretrained', 'load_llm']
+           'save_adapter', 'load_adapter', 'find_model', 'read_pretrained', 'own_device', 'load_llm']
 
 # %% ../nbs/11_llm.ipynb #8582ee9c
 import inspect, os, re, tempfile, types
@@ -474,6 +474,10 @@ def read_pretrained(kind, where: str, name: str, **kwargs):
         raise FileNotFoundError(f'{name}: {reason}') from None
 
 # %% ../nbs/11_llm.ipynb #e0f26ed4
+def own_device() -> str:
+    "This process's GPU (under torchrun each has its own), else the CPU."
+    return f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
+
 def load_llm(
     name: str = 'reader-tiny',  # a preset, a folder, or a hub id
     *, precision: Literal['auto', 'bf16', 'fp32'] = 'auto',  # auto: bf16 on a GPU, fp32 on a CPU
@@ -484,7 +488,7 @@ def load_llm(
 ) -> LLM:
     "Load a causal language model, mended and consistent; prints what it needs and what it is. ValueError or FileNotFoundError, one line."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = torch.device(device or own_device())
     if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError('torch sees no GPU: device="cpu"')
     precision, where = _settle_precision(precision, device), find_model(name)
     quantization = _quantization(quantize, precision)

@@ -75,7 +75,7 @@ class Phase2Config(TrainConfig):
     prob_threshold: Share = .01  # least probability of a fact that is read
     fallback: Positive = 1  # best facts read in any case
     ret_weight: Annotated[float, Field(ge=0)] = .1  # w in L_gen + w·L_ret
-    balance_every: Annotated[int, Field(ge=0)] = 0  # updates between two settings of w by gradient norms; 0: w stays
+    balance_every: Annotated[int, Field(ge=0)] = 0  # passes (one a micro-batch) between two settings of w by gradient norms; 0: w stays
     balance_rho: Annotated[float, Field(gt=0)] = .9  # w = ρ‖∇L_gen‖/‖∇L_ret‖
     rho: Share = .7  # weight of the cross-entropy in L_ret
     margin: Annotated[float, Field(gt=0)] = 1.  # of the ranking loss in L_ret
@@ -123,8 +123,12 @@ def _selection(config: Phase2Config) -> dict:
 def _generation(config: Phase2Config) -> dict: return {k: getattr(config, k) for k in ('max_new_tokens', 'num_beams', 'constrain')}
 
 def _load_base(config: Phase2Config) -> LLM:
-    return load_llm(config.llm, quantize=config.quantize, trust_remote_code=config.trust_remote_code,
+    return load_llm(config.llm, quantize=config.quantize, trust_remote_code=config.trust_remote_code, precision=_precision(config),
                     gradient_checkpointing=config.gradient_checkpointing)
+
+def _precision(config: Phase2Config) -> str:
+    "Of the LLM's weights: bf16 ones would lose the small steps of training them all."
+    return 'fp32' if config.precision == 'fp32' or config.tune == 'full' else 'auto'
 
 # %% ../nbs/19_phase2.ipynb #dee470e3
 def save_drag(folder: Path, model: DRAG, config: Phase2Config, settings: dict):
@@ -151,7 +155,7 @@ def load_drag(run: str) -> tuple[DRAG, Phase2Config, dict]:
     if unknown := saved['config'].keys() - known:
         raise RunError(f'run {run!r} was made by another version of the library ({min(unknown)}): train it again')
     config, settings = Phase2Config(**saved['config']), saved['retriever']
-    llm = load_llm(str(folder/'llm')) if config.tune == 'full' else _load_base(config)
+    llm = load_llm(str(folder/'llm'), trust_remote_code=config.trust_remote_code) if config.tune == 'full' else _load_base(config)
     if config.tune == 'lora': llm = load_adapter(llm, folder/'adapter')
     weights = load_file(folder/'retriever.safetensors')
     shape = {k: settings[k] for k in ('text_width', 'dim', 'n_layers', 'novelty_weight')}
@@ -200,6 +204,7 @@ def measure_drag(
     answers = answer_questions(model, data, questions, **_generation(config), progress=progress)
     ends = eos_report(model.llm, _supervised(model, data, questions[:size]), answers.said, answers.gold, config.max_new_tokens)
     model.train(was_training)
+    failed = round(failed*len(questions)/len(data))  # of as many as are answered
     return report | answer_metrics(data, answers, failed) | ends | {'loss': loss, 'n_answered': len(questions)}, answers
 
 # %% ../nbs/19_phase2.ipynb #8e1597b2
@@ -359,6 +364,8 @@ def ask(
     model, config, settings = load_drag(run)
     encoder = TextEncoder(settings['encoder'])
     facts = subgraph(kg, topics, question, budget)
+    topics = [topic for topic in topics if any(topic in (h, t) for h, _, t in facts)]  # others were crowded out by the budget
+    if not topics: raise ValueError(f'{graph}: no topic is left in {budget} facts: raise --budget')
     record = QuestionRecord(id='asked', question=question, q_entity=topics, a_entity=[], answer=[], graph=facts)
     packed = add_question_vectors(pack_questions([record]), encoder)
     data = QuestionSet(packed, relation_vectors(packed.relations, encoder))

@@ -334,15 +334,16 @@ def _squad_rows(articles: list) -> Iterator[tuple[str, Any]]:
                     qa = {**qa, 'context': paragraph.get('context'), 'answers': answers, 'gold': [0] if answers else []}
                 yield place, qa
 
-def read_reading(source: str | Path, skipped: list | None = None, *, split: str = 'train') -> list[ReadingRecord]:
-    "Reading records of .jsonl(.gz), SQuAD v1.1 .json, .parquet, a folder or a hub name. `skipped` as in `iter_questions`."
+def read_reading(source: str | Path, skipped: list | None = None, *, split: str = 'train', limit: int | None = None) -> list[ReadingRecord]:
+    """Reading records of .jsonl(.gz), SQuAD v1.1 .json, .parquet, a folder or a hub name. `skipped` as in `iter_questions`; with `limit`
+    the first so many, and the faults among these."""
     rows = read_rows(source, split)
     if Path(source).name.lower().endswith(('.json', '.json.gz')):
         rows = list(rows)
         if any(isinstance(row, dict) and 'paragraphs' in row for _, row in rows):
             rows = ((place, RecordError(row.reason, source, place, row.field) if isinstance(row, RecordError) else row)
                     for place, row in _squad_rows([row for _, row in rows]))
-    return list(_records(rows, ReadingRecord, source, skipped))
+    return list(itertools.islice(_records(rows, ReadingRecord, source, skipped), limit))
 
 def write_reading(records: Iterable[ReadingRecord | dict], path: str | Path) -> int:
     "Write reading records to `.jsonl` or `.jsonl.gz`, whole or not at all; returns how many. Raises RecordError, ValueError."

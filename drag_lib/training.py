@@ -457,7 +457,7 @@ def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, ac
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     when = 'epoch' if config.eval_every is None else 'steps'
     if config.track == 'tensorboard': os.environ['TENSORBOARD_LOGGING_DIR'] = str(run.folder/'tensorboard')
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=config.epochs,
         per_device_train_batch_size=each, gradient_accumulation_steps=accumulate, learning_rate=config.learning_rate,
         weight_decay=config.weight_decay, lr_scheduler_type='cosine', warmup_steps=math.ceil(config.warmup*updates),
@@ -465,6 +465,8 @@ def trainer_arguments(config: TrainConfig, run: Run, folder: Path, each: int, ac
         eval_strategy=when, save_strategy=when, eval_steps=config.eval_every, save_steps=config.eval_every or 500,
         logging_steps=config.log_every, logging_nan_inf_filter=False, report_to=config.track, disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), ddp_find_unused_parameters=may_skip)
+    if arguments.n_gpu > 1: arguments._n_gpu = 1  # of several GPUs without torchrun one is used: DataParallel would cut packed graphs apart
+    return arguments
 
 def wind_up(trainer, model, run, updates):
     "Check that training was real, keep the weights, say what happened."

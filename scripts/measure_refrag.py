@@ -154,7 +154,8 @@ def main(args):
                 if found['rows'].get(key, {}).get('settings') == settings: continue
                 metrics = Measurement(args, seed, k).measure(row)
                 found['rows'][key] = {'about': ROWS[row], 'settings': settings, 'git': git_state(), 'metrics': metrics}
-                write_json(path, found | {'data': 'world: texts of things told twice; reading questions', 'device': device_name()})
+                about = 'world: texts of things told twice, reading questions; other texts are named in the settings'
+                write_json(path, found | {'data': about, 'device': device_name()})
                 print(key, json.dumps({m: round(v, 4) for m, v in metrics.items() if isinstance(v, float)} or metrics)[:600], flush=True)
 
 

@@ -221,11 +221,12 @@ class ReadingTask(nn.Module):
         ce = -log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
         parts = {'answer': mean(ce, real), 'prefix': mean(ce, real & (real.cumsum(1) <= self.prefix_tokens))}
         if self.weights['kl']:
-            with torch.no_grad(), base_only(self.llm): log_q = self.log_p(prompts, targets)[0]
+            with torch.no_grad(), base_only(self.llm): log_q, _, text_dropped = self.log_p(prompts, targets)
             parts['kl'] = mean((log_q.exp()*(log_q - log_p)).sum(-1), real)
             parts['agree'] = mean((log_q.argmax(-1) == log_p.argmax(-1)).float(), real)
         loss = sum(weight*parts[name] for name, weight in self.weights.items() if weight)
         told = {name: part.detach() for name, part in parts.items()} | {'n_dropped': n_dropped.float().mean()}
+        if self.weights['kl']: told['n_dropped_text'] = text_dropped.float().mean()  # what its text lacks cannot be taught
         return {'loss': loss, 'n_items': len(items), 'parts': told}
 
 def base_only(llm: LLM):
@@ -321,10 +322,10 @@ def read_items(
 ) -> tuple[list[ReadingItem], int]:
     "(reading records as items, how many malformed ones were left out). RecordError for the first malformed one unless `skip_bad`."
     bad, path = [], project_path(source)
-    found = read_reading(path if path.exists() else source, bad, split=split)
+    found = read_reading(path if path.exists() else source, bad, split=split, limit=limit)
     if bad and not skip_bad: raise bad[0]
     if not found: raise ValueError(f'{source}: no reading record')
-    return reading_items(found[:limit], n_passages, seed), len(bad)
+    return reading_items(found, n_passages, seed), len(bad)
 
 def passages_of(items: list[ReadingItem]) -> list[str]:
     "All different passages of the records, as they stand in a prompt."

@@ -85,9 +85,10 @@ def _corpus(folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/53_pairs.ipynb #47a64962
 def _inside(folder: Path, split: str) -> Path | None:
-    "The file of pairs in a folder; None for a retrieval set with judgements, or where there is none."
+    "The file of pairs in a folder (`triples`, `pairs`: of the split train); None for a set with judgements, or where there is none."
     if (folder/f'qrels/{split}.tsv').is_file(): return None
-    names = [f'{name}{end}' for name in (split, 'triples', 'pairs') for end in ('.jsonl.gz', '.jsonl', '.json', '.csv', '.tsv')]
+    names = (split, 'triples', 'pairs') if split == 'train' else (split,)
+    names = [f'{name}{end}' for name in names for end in ('.jsonl.gz', '.jsonl', '.json', '.csv', '.tsv')]
     return next((folder/name for name in names if (folder/name).is_file()), None)
 
 def _rows_of(source: str | Path, split: str) -> tuple[Path, Iterator]:

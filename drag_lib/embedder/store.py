@@ -7,6 +7,7 @@ __all__ = ['Metric', 'VectorStore', 'load_store', 'bench_index']
 
 # %% ../../nbs/55_store.ipynb #45eb365e
 import json, time
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +69,7 @@ def _add(self: VectorStore, keys: list[str], vectors: Tensor | np.ndarray):
     "Add vectors [n, dim] under their keys. ValueError, before anything is added, for a key twice or vectors that are not finite."
     x, keys = self._checked(vectors), list(keys)
     if len(keys) != len(x): raise ValueError(f'{len(keys)} keys for {len(x)} vectors')
-    twice = next((k for k in keys if k in self.number), None) or next((k for k in keys if keys.count(k) > 1), None) if keys else None
+    twice = next((k for k, n in Counter(keys).items() if n > 1 or k in self.number), None)
     if twice is not None: raise ValueError(f'key {twice!r} is there already: delete it first')
     if not len(x): return
     ids, coded = np.arange(self.next, self.next + len(x)), self._coded(x)

@@ -752,9 +752,9 @@ def evaluate_questions(
     return _flat_rows({name: metrics for name, (metrics, _) in found.items()}), found['refrag'][1]
 
 # %% ../../nbs/45_refrag.ipynb #e3e9998e
-def _records(data: str, split: str) -> tuple[list[ReadingRecord], list]:
+def _records(data: str, split: str, limit: int | None) -> tuple[list[ReadingRecord], list]:
     path, bad = project_path(data), []
-    return read_reading(path if path.exists() else data, bad, split=split), bad
+    return read_reading(path if path.exists() else data, bad, split=split, limit=limit), bad
 
 def evaluate_refrag(
     run: str,
@@ -775,7 +775,7 @@ def evaluate_refrag(
 def _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) -> dict:
     if config.stage in ('instruct', 'policy'):
         if data is None: records, bad = split_questions(replace(config, val_rows=limit or sys.maxsize))[1], []
-        else: records, bad = _records(data, split)
+        else: records, bad = _records(data, split, limit)
         if bad and not skip_bad: raise bad[0]
         metrics, rows = evaluate_questions(model, policy, config, records[:limit], controls, len(bad))
         if predictions: write_jsonl(predictions, rows)
@@ -799,7 +799,7 @@ def diagnose_refrag(
     model, policy, config = load_refrag(run)
     if model.encoder is None: raise RunError(f'run {run!r} trained a decoder alone: there are no chunk vectors to look at')
     if config.stage in ('instruct', 'policy'):
-        some = split_questions(replace(config, val_rows=limit or 64))[1] if data is None else _records(data, split)[0][:limit]
+        some = split_questions(replace(config, val_rows=limit or 64))[1] if data is None else _records(data, split, limit)[0]
         prompts, answers = question_prompts(config, model.llm.tokenizer, some)
         targets = answer_ids(model.llm, answers)
     else: prompts, targets = text_prompts(config, model.llm, _held_out(config, model, data, limit)[0])
