@@ -365,19 +365,20 @@ def _ask(
     graph: Annotated[str | None, typer.Option(help='D-RAG: triples (.csv, .tsv, .txt, .jsonl, each also .gz; .parquet, .nt).')] = None,
     topics: Annotated[list[str] | None, typer.Option(
         '--topic', help='D-RAG: entity to start from; repeatable. Without: those that the question names.')] = None,
-    budget: Annotated[int, typer.Option(min=1, help='D-RAG: facts of the subgraph that is read.')] = 200,
+    budget: Annotated[int | None, typer.Option(min=1, help='D-RAG: facts of the subgraph that is read (200 where not given).')] = None,
     index: Annotated[str | None, typer.Option(help='REFRAG: folder of passages, made by drag refrag index.')] = None,
     n_passages: Annotated[int | None, typer.Option(min=1, help='REFRAG: passages read; without: as many as in training.')] = None,
     as_json: _Json = False,
 ):
     "Answer a question, with the facts that were read and their probabilities, or the passages and their cosines."
     if load_run(run).manifest['method'] == 'refrag':
-        if index is None or graph or topics: raise UsageError(f'{run} is a run of REFRAG: it reads passages, give --index (and no graph)')
+        if index is None or graph or topics or budget:
+            raise UsageError(f'{run} is a run of REFRAG: it reads passages, give --index (and no graph, topic or budget)')
         found = _call(as_json, _library('drag_lib.refrag.answers', 'ask_corpus'), run, question, index, n_passages=n_passages)
         read = [f"{p['score']:.3f}  {p['text']}" for p in found['passages']]
     else:
         if graph is None or index or n_passages: raise UsageError(f'{run} is no run of REFRAG: it reads facts, give --graph (and no index)')
-        found = _call(as_json, _library('drag_lib.phase2', 'ask'), run, question, graph, topics=topics, budget=budget)
+        found = _call(as_json, _library('drag_lib.phase2', 'ask'), run, question, graph, topics=topics, budget=budget or 200)
         read = [f'{p:.3f}  {h} — {r} — {t}' for h, r, t, p in found['facts']]
     if as_json: return print(json.dumps(found, ensure_ascii=False, allow_nan=False))
     print(' | '.join(found['answer']) or '(no answer)')

@@ -21,14 +21,13 @@ from transformers import set_seed
 
 from .files import write_json, write_jsonl
 from .graphs import Batch, PackedQuestions, add_question_vectors, group_index, group_members, pack_questions, summary
-from .llm import own_device
 from .metrics import (brier, expected_calibration_error, fit_temperature, plot_reliability, retrieval_metrics, segment_ranks,
                               selection_metrics)
 from .records import iter_questions
 from .plots import plot_recall, plot_subgraph, plot_training, save_figure
 from .retriever import Retriever, cosine_scores, relation_vectors, retrieval_loss, score_facts, select_facts, sum_at
 from .runs import Run, RunError, load_run, project_path, start_run
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoder, own_device
 from .training import Positive, TrainConfig, TrainingError, fit
 
 # %% ../nbs/10_drag.ipynb #2fdc9ad5

@@ -22,6 +22,7 @@ from .prompts import ANSWER_HEADER, INSTRUCTION, JOIN, NO_ANSWER, Evidence, Gene
 from .prompts import answer_loss, answer_text, build_batch, generate, tokenize
 from .retriever import Retriever, RetrieverOutput, fact_embeddings, retrieval_loss, select_facts
 from .sampler import leave_one_out, log_prob, sample_facts, temperature_at
+from .training import rest_untrained
 
 # %% ../nbs/16_generator.ipynb #8e32861a
 EvidenceKind = Literal['both', 'text', 'vectors']
@@ -120,10 +121,9 @@ class DRAG(nn.Module):
         self.register_buffer('passes', torch.zeros((), dtype=torch.long))
 
     def train(self, mode: bool = True) -> 'DRAG':
-        "As of any module, but a retriever or projector that is not trained stays in evaluation mode: no dropout in what nobody learns."
+        "As of any module, but a retriever or projector that is not trained stays in evaluation mode."
         super().train(mode)
-        for part in (self.retriever, self.projector):
-            if part is not None and not any(p.requires_grad for p in part.parameters()): part.eval()
+        rest_untrained(self.retriever, self.projector)
         return self
 
     @property

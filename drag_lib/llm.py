@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GIB', 'LORA_TARGETS', 'LLM', 'mend', 'from_parts', 'byte_tokenizer', 'tiny_llm', 'fault_matrix', 'Preset',
            'meta_model', 'lora_groups', 'memory_needed', 'memory_left', 'check_memory', 'add_lora', 'trainable_table',
-           'save_adapter', 'load_adapter', 'find_model', 'read_pretrained', 'own_device', 'load_llm']
+           'save_adapter', 'load_adapter', 'find_model', 'read_pretrained', 'load_llm']
 
 # %% ../nbs/11_llm.ipynb #8582ee9c
 import inspect, os, re, tempfile, types
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .runs import closest, refuse_fp16
+from .text_encoder import own_device
 
 # %% ../nbs/11_llm.ipynb #ce2f333a
 @dataclass(repr=False)
@@ -474,10 +475,6 @@ def read_pretrained(kind, where: str, name: str, **kwargs):
         raise FileNotFoundError(f'{name}: {reason}') from None
 
 # %% ../nbs/11_llm.ipynb #e0f26ed4
-def own_device() -> str:
-    "This process's GPU (under torchrun each has its own), else the CPU."
-    return f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
-
 def load_llm(
     name: str = 'reader-tiny',  # a preset, a folder, or a hub id
     *, precision: Literal['auto', 'bf16', 'fp32'] = 'auto',  # auto: bf16 on a GPU, fp32 on a CPU

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Precision', 'TrainConfig', 'world_size', 'micro_batches', 'TrainingError', 'first_bad_tensor',
-           'trained_weights', 'save_weights', 'load_weights', 'GuardedTrainer', 'parameter_groups', 'hidden_matrices',
-           'MuonAdamW', 'Budget', 'ScheduledTrainer', 'weights_file', 'RunTrainer', 'out_of_patience', 'checkpoints',
-           'clock', 'Progress', 'fit', 'trainer_arguments', 'wind_up']
+           'rest_untrained', 'trained_weights', 'save_weights', 'load_weights', 'GuardedTrainer', 'parameter_groups',
+           'hidden_matrices', 'MuonAdamW', 'Budget', 'ScheduledTrainer', 'weights_file', 'RunTrainer',
+           'out_of_patience', 'checkpoints', 'clock', 'Progress', 'fit', 'trainer_arguments', 'wind_up']
 
 # %% ../nbs/07_training.ipynb #f497b34a
 import json, math, os, shutil, sys, time
@@ -89,6 +89,11 @@ def first_bad_tensor(model: nn.Module, inputs: dict) -> str:
     return f'output of {found[0]}' if found else 'none when the forward pass was repeated'
 
 # %% ../nbs/07_training.ipynb #8255b29e
+def rest_untrained(*parts: nn.Module | None):
+    "Put parts without a trainable parameter in evaluation mode: dropout in what nobody learns is only noise."
+    for part in parts:
+        if part is not None and not any(p.requires_grad for p in part.parameters()): part.eval()
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     "What training changes: trainable parameters and (persistent) buffers, by name, on the CPU."
     kept = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}

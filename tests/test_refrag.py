@@ -106,6 +106,7 @@ def test_ask_a_corpus(home, whole, drag):
     code, out, err = drag(['ask', 'answers', asked, '--index', 'index', '--n-passages', '3'])
     assert code == 0 and len(out.splitlines()) == 4, err
     for words, code, parts in ((['ask', 'answers', asked], 2, ['--index']), (['ask', 'answers', asked, '--graph', 'g.csv'], 2, ['--index']),
+                               (['ask', 'answers', asked, '--index', 'index', '--budget', '9'], 2, ['budget']),
                                (['ask', 'whole', asked, '--index', 'index'], 1, ['reconstruct']),
                                (['ask', 'answers', asked, '--index', 'none'], 1, ['not a passage index']),
                                ('refrag index text.jsonl --out index2 --kind tree'.split(), 1, ['tree'])):

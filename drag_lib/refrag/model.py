@@ -22,6 +22,7 @@ from ..passages import VectorStore, chunk_texts
 from ..prompts import (ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_attention,
                               last_logits)
 from .encoder import ChunkEncoder
+from ..training import rest_untrained
 
 # %% ../../nbs/43_model.ipynb #64c05e90
 @dataclass
@@ -94,10 +95,9 @@ class Refrag(nn.Module):
         self.llm, self.lm, self.encoder, self.k, self.store = llm, llm.model, encoder, k, None
 
     def train(self, mode: bool = True) -> 'Refrag':
-        "As of any module, but a part of the encoder that is not trained stays in evaluation mode: its dropout would only be noise."
+        "As of any module, but a part of the encoder that is not trained stays in evaluation mode."
         super().train(mode)
-        for part in () if self.encoder is None else (self.encoder.encoder, self.encoder.projector):
-            if part is not None and not any(p.requires_grad for p in part.parameters()): part.eval()
+        if self.encoder is not None: rest_untrained(self.encoder.encoder, self.encoder.projector)
         return self
 
     def keep_vectors(self, path: str | Path):

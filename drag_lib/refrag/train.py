@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
-           'question_prompts', 'answer_ids', 'runs_before', 'build_refrag', 'save_refrag', 'load_refrag',
+           'question_prompts', 'answer_ids', 'runs_before', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_mask',
            'chunk_vectors', 'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen',
            'PolicyTask', 'exact_recall', 'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions',
            'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'misread', 'train_refrag', 'plot_stage',
@@ -289,12 +289,16 @@ SELECTORS = ('random', 'first', 'last', 'similarity', 'overlap', 'perplexity', '
 
 def _chunks_of(prompt: MixedPrompt) -> list[list[int]]: return [c for piece in prompt if isinstance(piece, Chunks) for c in piece.ids]
 
+def chunk_mask(prompts: list[MixedPrompt], device) -> Tensor:  # [B, L] bool, L the most chunks of a prompt
+    "Which places of a table of all prompts' chunks are no padding."
+    n = torch.tensor([n_chunks(prompt) for prompt in prompts], device=device)
+    return torch.arange(int(n.max()), device=device) < n[:, None]
+
 def chunk_vectors(encode, prompts: list[MixedPrompt], width: int, device) -> tuple[Tensor, Tensor]:  # [B, L, width], [B, L] bool
     "Vectors of all chunks of each prompt, by `encode(chunks) -> [n, width]`, and which are no padding."
     rows = [_chunks_of(prompt) for prompt in prompts]
     flat = encode([c for row in rows for c in row]) if any(rows) else torch.zeros(0, width, device=device)
-    n = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(int(n.max()), device=device) < n[:, None]
+    mask = chunk_mask(prompts, device)
     return flat.new_zeros(*mask.shape, flat.shape[1]).masked_scatter(mask[..., None], flat), mask
 
 def question_vectors(encode, llm: LLM, questions: list[str], k: int) -> Tensor:  # [B, width]
@@ -328,8 +332,7 @@ _AT_ONCE = 64  # prompts whose chunks are scored in one pass
 def _scores(model, selector, prompts, questions, policy, generator) -> tuple[Tensor, Tensor]:
     "(scores, which are no padding), each [B, L]."
     device = model.llm.device
-    n = torch.tensor([n_chunks(prompt) for prompt in prompts], device=device)
-    mask = torch.arange(int(n.max()), device=device) < n[:, None]
+    mask = chunk_mask(prompts, device)
     if selector == 'random': return random_scores(mask, generator), mask
     if selector in ('first', 'last'): return position_scores(mask, selector == 'last'), mask
     if selector == 'perplexity': return perplexity_scores(model.llm, [_chunks_of(prompt) for prompt in prompts]), mask
@@ -777,7 +780,7 @@ def _evaluated(model, policy, config, data, split, limit, skip_bad, predictions,
         if data is None: records, bad = split_questions(replace(config, val_rows=limit or sys.maxsize))[1], []
         else: records, bad = _records(data, split, limit)
         if bad and not skip_bad: raise bad[0]
-        metrics, rows = evaluate_questions(model, policy, config, records[:limit], controls, len(bad))
+        metrics, rows = evaluate_questions(model, policy, config, records, controls, len(bad))
         if predictions: write_jsonl(predictions, rows)
         return metrics
     if predictions or skip_bad: raise ValueError(f'a run of the stage {config.stage} is measured on text: no predictions, no skip_bad')
