@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .files import atomic_path, sha256, text_sha256, write_json, write_jsonl
 from .prompts import tokenize
+from .records import document_text
 from .text_encoder import TextEncoder
 
 # %% ../nbs/40_passages.ipynb #973557a4
@@ -148,8 +149,6 @@ def _n_longer(encoder: TextEncoder, texts: list[str]) -> int:
         n += sum(len(ids) > window for ids in encoder.model.tokenizer(texts[i:i + 4096], truncation=False, verbose=False)['input_ids'])
     return n
 
-def _title_and_text(passage: dict) -> str: return f'{passage.get("title", "")} {passage["text"]}'.strip()
-
 @dataclass
 class PassageIndex:
     "Passages that can be searched. Made by `build` or `load`."
@@ -168,7 +167,7 @@ class PassageIndex:
         if not corpus: raise ValueError('there are no passages to index')
         for key, passage in corpus.items():
             if not passage['text'].strip(): raise ValueError(f'passage {key!r} has no text: leave it out of the corpus')
-        texts = [_title_and_text(passage) for passage in corpus.values()]
+        texts = [document_text(passage) for passage in corpus.values()]
         index = _empty_index(config, encoder.width, len(texts))
         if not index.is_trained: index.train(_unit(encoder, random.Random(seed).sample(texts, min(len(texts), 100_000)), progress))
         for i in range(0, len(texts), 65_536): index.add(_unit(encoder, texts[i:i + 65_536], progress))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_NAME', 'Name', 'Text', 'Triple', 'AUDIT_MAX', 'AUDIT_MIN', 'RecordError', 'QuestionRecord', 'validate_row',
            'read_lines', 'read_rows', 'iter_questions', 'read_questions', 'write_questions', 'ReadingRecord',
-           'read_reading', 'write_reading', 'RetrievalSet', 'one_file_of', 'read_retrieval', 'write_retrieval',
-           'audit_questions', 'audit_table', 'split_questions', 'split_file', 'convert_questions']
+           'read_reading', 'write_reading', 'RetrievalSet', 'document_text', 'one_file_of', 'read_retrieval',
+           'write_retrieval', 'read_documents', 'audit_questions', 'audit_table', 'split_questions', 'split_file',
+           'convert_questions']
 
 # %% ../nbs/01_records.ipynb #0c594b47
 import csv, gzip, itertools, json, re, reprlib, unicodedata, zlib
@@ -357,6 +358,10 @@ class RetrievalSet:
     queries: dict[str, str]  # id -> text
     qrels: dict[str, dict[str, int]]  # query id -> document id -> grade (0: judged not relevant)
 
+def document_text(document: dict) -> str:
+    "Title and text of a document as one passage."
+    return f"{document.get('title') or ''} {document.get('text') or ''}".strip()
+
 class _Document(BaseModel):
     model_config = ConfigDict(extra='allow', populate_by_name=True)
     id: Annotated[Name, Field(alias='_id')]
@@ -419,6 +424,57 @@ def write_retrieval(data: RetrievalSet, folder: str | Path, *, split: str = 'tes
     write_jsonl(folder/'queries.jsonl.gz', ({'_id': key, 'text': text} for key, text in data.queries.items()))
     lines = [f'{q}\t{d}\t{grade}' for q, grades in data.qrels.items() for d, grade in grades.items()]
     write_text(folder/f'qrels/{check_name(split, "split")}.tsv', '\n'.join(['query-id\tcorpus-id\tscore', *lines]) + '\n')
+
+# %% ../nbs/01_records.ipynb #bc5e6b9c
+class _PlainDocument(BaseModel):
+    id: Annotated[Name, BeforeValidator(lambda x: str(x) if type(x) is int else x)] | None = Field(None, alias='_id')
+    title: Annotated[str, Field(strict=True)] | None = None
+    text: Text
+
+def _plain_text(path: Path) -> str | RecordError:
+    try: return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: return RecordError(f'byte {e.start + 1} is not valid UTF-8', path)
+    except OSError as e: return RecordError(f'cannot be read ({e.strerror or e})', path)
+
+def _document_rows(source: str | Path) -> Iterator[tuple[int | str, Any]]:
+    "(place, row or RecordError) of a file, folder or hub name of documents."
+    path = Path(source)
+    if path.is_dir():
+        for name in ('corpus.jsonl.gz', 'corpus.jsonl'):
+            if (path/name).is_file(): return read_rows(path/name)
+        files = sorted(p for p in path.rglob('*') if p.suffix in ('.txt', '.md') and p.is_file())
+        if not files: raise FileNotFoundError(f'{source}: no corpus.jsonl(.gz) and no .txt or .md file in this folder')
+        texts = ((str(file.relative_to(path)), _plain_text(file)) for file in files)
+        return ((name, text if isinstance(text, RecordError) else {'_id': name, 'text': text}) for name, text in texts)
+    if path.suffix not in ('.txt', '.md') or not path.is_file(): return read_rows(source)
+    text = _plain_text(path)
+    if isinstance(text, RecordError): raise text
+    return ((f'part {n}', {'text': part}) for n, part in enumerate(re.split(r'\n\s*\n', text), 1) if part.strip())
+
+def _documents_of(row, path, place) -> list[_PlainDocument]:
+    if isinstance(row, RecordError): raise row
+    if isinstance(row, dict) and isinstance(row.get('context'), list) and 'text' not in row:
+        return [validate_row(_PlainDocument, {'text': text}, path, place) for text in row['context']]
+    if isinstance(row, dict) and row.get('title') and not row.get('text'): row = {**row, 'title': None, 'text': row['title']}
+    return [validate_row(_PlainDocument, row, path, place)]
+
+def read_documents(source: str | Path, skipped: list | None = None) -> dict[str, dict]:  # id -> {'title': str, 'text': str}
+    """The documents of a file, folder or hub name; ids are their own, names of files, or numbers. Faults are raised as RecordError or go
+    to `skipped`; FileNotFoundError; ValueError where there is none."""
+    found, passages = {}, set()
+    for place, row in _document_rows(source):
+        try:
+            for document in _documents_of(row, source, place):
+                if isinstance(row, dict) and 'context' in row and document.text in passages: continue
+                passages.add(document.text)
+                key = document.id or next(str(n) for n in itertools.count(len(found)) if str(n) not in found)
+                if key in found: raise RecordError(f'{_reprs.repr(key)} is the id of an earlier document too', source, place, '_id')
+                found[key] = {'title': document.title or '', 'text': document.text}
+        except RecordError as e:
+            if skipped is None: raise
+            skipped.append(e.with_traceback(None))
+    if not found: raise ValueError(f'{source}: no document in it')
+    return found
 
 # %% ../nbs/01_records.ipynb #984e8b0b
 class _Plain(dict):

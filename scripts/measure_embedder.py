@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from drag_lib.embedder.data import document_text
 from drag_lib.embedder.diagnostics import isotropy_report
 from drag_lib.embedder.evaluate import (
     asked, base_vectors, bench_frozen, compare_rows, rank_by_cosine, rank_by_words, ranking_metrics, retention, run_vectors, whitened)
 from drag_lib.embedder.store import bench_index
 from drag_lib.embedder.train import EmbedderConfig, train_embedder
 from drag_lib.files import write_json
-from drag_lib.records import RetrievalSet, read_retrieval, write_retrieval
+from drag_lib.records import RetrievalSet, document_text, read_retrieval, write_retrieval
 from drag_lib.runs import device_name, git_state, project_folder
 from drag_lib.text_encoder import TextEncoder
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Pair, document_text, read_pairs
+from .data import Pair, read_pairs
 from .diagnostics import isotropy_report, plot_isotropy
 from .losses import EmbedderLoss
 from .model import embedder, freeze, split as split_model
@@ -25,7 +25,7 @@ from .store import VectorStore
 from .train import EmbedderConfig, load_embedder, on_cached, prompts_of, training_pairs, verdict_on
 from ..files import text_sha256, write_jsonl
 from ..metrics import paired_bootstrap
-from ..records import RetrievalSet, read_retrieval
+from ..records import RetrievalSet, document_text, read_retrieval
 from ..runs import load_run, project_path
 from ..text_encoder import TextEncoder
 
