@@ -7,7 +7,7 @@ __all__ = ['Kind', 'SHORTEST', 'Pair', 'judged_pairs', 'read_pairs', 'split_pair
            'make_pairs', 'pairs_dataset']
 
 # %% ../../nbs/53_pairs.ipynb #900e20cb
-import csv, random, re
+import csv, itertools, random, re
 from pathlib import Path
 from typing import Annotated, Iterator, Literal, NamedTuple
 
@@ -190,7 +190,10 @@ def make_pairs(
     "Write training pairs made of plain documents; returns {'counts': …}. Errors of `read_documents` and `generate_pairs`."
     pairs, counts = generate_pairs([*read_documents(source, skipped).values()], list(kinds), seed)
     if not pairs: raise ValueError(f'{source}: no document is long enough to make a pair of')
-    if negatives: pairs = mine_negatives(pairs, negatives, base)
+    if negatives:  # kind by kind: a document is then a passage once, and none of its other texts is taken for a wrong one
+        each = iter(pairs)
+        kind_by_kind = [list(itertools.islice(each, counts[f'n_{kind}'])) for kind in kinds]
+        pairs = [pair for some in kind_by_kind if some for pair in mine_negatives(some, negatives, base)]
     write_jsonl(out, ({'query': p.query, 'positive': p.positive, 'negatives': list(p.negatives)} for p in pairs))
     return {'counts': {'n': len(pairs), **counts, 'n_negatives': sum(len(p.negatives) for p in pairs)}}
 
