@@ -10,10 +10,12 @@ __all__ = ['Share', 'EmbedderConfig', 'training_pairs', 'prompts_of', 'on_cached
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import InputModule
@@ -22,7 +24,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from .data import Pair, mine_negatives, pairs_dataset, read_pairs, split_pairs
+from .data import Pair, known_relevance, mine_negatives, pairs_dataset, read_pairs, split_pairs
 from .losses import EmbedderLoss, LossConfig
 from .model import HEAD, embedder, freeze, routes, split
 from ..runs import Run, RunError, finished_run, load_run, project_path, start_run
@@ -136,31 +138,45 @@ class EmbedderTrainer(RunTrainer, SentenceTransformerTrainer):
             value = value.detach().float()
             self.since[name] = self.since.get(name, 0.) + torch.stack([value, torch.ones_like(value)])*self.n_rows
 
+    @cached_property
+    def val_batches(self) -> list[list[int]]:  # the same ones each time
+        return list(self.get_batch_sampler(self.eval_dataset, self.args.eval_batch_size, drop_last=False, valid_label_columns=['label'],
+                                           generator=torch.Generator(), seed=0))
+
     @torch.no_grad()
     def validation(self, model) -> dict[str, float]:
-        "Means of the loss and its parts over the validation pairs, and the mean reciprocal rank of a query's passage among all of them."
+        "Means of the loss and its parts over the validation pairs, and the mean reciprocal rank of a query's first right passage."
         model.eval()
-        order = torch.randperm(len(self.eval_dataset), generator=torch.Generator().manual_seed(0)).tolist()
         sums, queries, passages = {}, [], []
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            for some in [order[i:i + self.args.eval_batch_size] for i in range(0, len(order), self.args.eval_batch_size)]:
+            for some in self.val_batches:
                 features, labels = self.collect_features(self._prepare_inputs(self.data_collator([self.eval_dataset[i] for i in some])))
                 columns = [model(f)['sentence_embedding'].float() for f in features]
                 parts = self.loss.parts(columns, labels)
                 for name, value in {'loss': sum(parts.values()), **parts}.items(): sums[name] = sums.get(name, 0.) + float(value)*len(some)
                 queries.append(columns[0]); passages.append(columns[1])
-        rank = _own_rank(torch.cat(queries), torch.cat(passages), [self.eval_dataset[i]['positive'] for i in order])
-        return {**{name: total/len(order) for name, total in sums.items()}, 'mrr': (1/(1. + rank)).mean().item()}
+        order = self.eval_dataset[sum(self.val_batches, [])]
+        rank = _first_rank(torch.cat(queries), torch.cat(passages), order['query'], order['positive'])
+        return {**{name: total/len(self.eval_dataset) for name, total in sums.items()}, 'mrr': (1/(1. + rank)).mean().item()}
 
 # %% ../../nbs/54_train.ipynb #3462e91f
-def _own_rank(queries: Tensor, passages: Tensor, texts: list[str]) -> Tensor:  # [n] int64, 0 = first
-    "Rank of each query's own passage among all distinct ones, by cosine."
-    first = {text: i for i, text in reversed(list(enumerate(texts)))}
-    cosines = torch.nn.functional.normalize(queries, dim=1)@torch.nn.functional.normalize(passages[list(first.values())], dim=1).T
-    place = {text: j for j, text in enumerate(first)}
-    own = cosines.gather(1, torch.tensor([[place[text]] for text in texts], device=cosines.device))
-    return (cosines > own).sum(1)
+def _distinct(texts: list[str]) -> tuple[list[int], list[int]]:
+    "(a place of each distinct text, which of these each text is)."
+    place = {text: i for i, text in enumerate(texts)}
+    number = {text: j for j, text in enumerate(place)}
+    return list(place.values()), [number[text] for text in texts]
+
+def _first_rank(
+    queries: Tensor, passages: Tensor,  # [n, d] each
+    asked: list[str], told: list[str],  # their texts; what a query is told with is right for it
+) -> Tensor:  # [distinct queries] int64, 0 = first
+    "Rank of the nearest right passage of each query among all distinct passages, by cosine."
+    (rows, query), (columns, passage) = _distinct(asked), _distinct(told)
+    cosines = F.normalize(queries[rows], dim=1)@F.normalize(passages[columns], dim=1).T
+    right = torch.zeros_like(cosines, dtype=torch.bool)
+    right[query, passage] = True
+    return (cosines > cosines.masked_fill(~right, -math.inf).amax(1, keepdim=True)).sum(1)
 
 class _FirstLook(TrainerCallback):
     "Measure the untrained model before the first update."
@@ -172,7 +188,8 @@ class _FirstLook(TrainerCallback):
 # %% ../../nbs/54_train.ipynb #c086c5b9
 def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train: list[Pair], val: list[Pair]) -> EmbedderTrainer:
     n_negatives = min(config.n_negatives, max(len(p.negatives) for p in train))
-    data, held = (pairs_dataset(pairs, n_negatives) for pairs in (train, val))
+    number, relevance = known_relevance(train + val)
+    data, held = (pairs_dataset(pairs, n_negatives, number) for pairs in (train, val))
     columns = [name for name in data.column_names if name != 'label']
     each, accumulate = micro_batches(config)
     updates = math.ceil(math.ceil(len(train)/(each*world_size()))/accumulate)*config.epochs
@@ -182,7 +199,7 @@ def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train
         **kept, per_device_eval_batch_size=each, batch_sampler=BatchSamplers.NO_DUPLICATES, prompts=prompts_of(model, columns) or None,
         router_mapping=routes(model, columns))
     budget = Budget(config.minutes)
-    trainer = EmbedderTrainer(model, args, data, held, EmbedderLoss(model, config), run=run, config=config, budget=budget,
+    trainer = EmbedderTrainer(model, args, data, held, EmbedderLoss(model, config, relevance), run=run, config=config, budget=budget,
                               callbacks=[Progress('embedder', 'loss', budget)])
     trainer.remove_callback(PrinterCallback)
     trainer.updates_planned = updates
