@@ -191,10 +191,18 @@ def _walk(kg, topics, weight, steps, restart, beam):
     return fact, np.bincount(where, np.concatenate(flows))
 
 # %% ../nbs/03_graphs.ipynb #028abae7
-def _grow(kg, topics, fact, flow, budget):
-    "At most `budget` of the facts, heaviest first among those connected to the topics so far."
+def _heaviest(kg, topics, fact, flow) -> list[int]:
+    "Places of each topic's heaviest fact, none twice."
+    near = ((kg.facts[fact][:, [0, 2]] == t).any(1).nonzero()[0] for t in topics)
+    return list(dict.fromkeys(int(i[flow[i].argmax()]) for i in near if len(i)))
+
+def _grow(kg, topics, fact, flow, budget, first=()):
+    "At most `budget` of the facts: those at the places `first`, then the heaviest among those connected to the topics so far."
+    found = fact, flow
     if len(fact) > 8*budget:
-        keep = np.argpartition(-flow, 8*budget)[:8*budget]
+        weight = flow.copy(); weight[list(first)] = np.inf
+        keep = np.argpartition(-weight, 8*budget)[:8*budget]
+        first = np.isin(keep, list(first)).nonzero()[0].tolist()
         fact, flow = fact[keep], flow[keep]
     ends, touching = kg.facts[fact][:, [0, 2]].tolist(), {}
     for i, (h, t) in enumerate(ends):
@@ -205,12 +213,18 @@ def _grow(kg, topics, fact, flow, budget):
         reached.add(node)
         for i in touching.get(node, ()):
             if i not in queued: queued.add(i); heapq.heappush(heap, (-flow[i], i))
-    for t in topics: reach(t)
-    while heap and len(chosen) < budget:
-        _, i = heapq.heappop(heap)
+    def choose(i):
         chosen.append(fact[i])
         for node in ends[i]:
             if node not in reached: reach(node)
+    for t in topics: reach(t)
+    for i in first[:budget]: choose(i)
+    while heap and len(chosen) < budget:
+        _, i = heapq.heappop(heap)
+        if i not in first: choose(i)
+    nodes = set(kg.facts[chosen][:, [0, 2]].ravel().tolist())
+    if not first and not nodes >= set(topics) and (heaviest := _heaviest(kg, topics, *found)):
+        return _grow(kg, topics, *found, budget, heaviest)
     return np.sort(np.array(chosen, dtype=np.int64))
 
 def extract_subgraphs(

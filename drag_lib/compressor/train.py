@@ -10,12 +10,12 @@ __all__ = ['Rate', 'Weight', 'ReadingItem', 'reading_items', 'evidence_texts', '
            'sweep_compressor']
 
 # %% ../../nbs/32_compressor.ipynb #38393c5a
-import hashlib, itertools, re
+import hashlib, itertools, math, re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Callable, Literal
+from typing import Annotated, Callable, Iterator, Literal
 
 import torch
 import torch.nn.functional as F
@@ -170,21 +170,34 @@ def numbers_and_names(text: str) -> dict[str, list[str]]:
 def reconstruction_report(compressor: TokenCompressor, llm: LLM, texts: list[str]) -> dict:
     "Flat `tokens/…`: cosine, relative_error, exact (own token nearest), numbers and names (share that comes back; None without any), n."
     was_training, rows = compressor.training, [torch.tensor(row) for row in tokenize(llm.tokenizer, texts)]
-    sizes, ids = torch.tensor([len(row) for row in rows]), torch.cat(rows).to(llm.device)
-    x = llm.embed(ids).float()
-    y = compressor.eval().reconstruct(compressor.encode(x, sizes))
+    compressor.eval()
+    sums, original, again = torch.zeros(4, dtype=torch.float64), [], []  # of cosines, of squares missed and in all, of exact tokens
+    for some in _blocks(rows):
+        sizes, ids = torch.tensor([len(row) for row in some]), torch.cat(some).to(llm.device)
+        x = llm.embed(ids).float()
+        y = compressor.reconstruct(compressor.encode(x, sizes))
+        different, inverse = (y, torch.arange(len(y))) if not isinstance(compressor, PCAAdapter) else _different(y, ids)
+        said = nearest_tokens(llm, different, 1)[0][:, 0][inverse.to(llm.device)]
+        exact = (said == ids).sum()
+        sums += torch.stack([F.cosine_similarity(y, x, dim=-1).sum(), (y - x).square().sum(), x.square().sum(), exact]).double().cpu()
+        decode = lambda ids: llm.tokenizer.batch_decode([part.tolist() for part in ids.split(sizes.tolist())])
+        for found, those in ((original, ids), (again, said)): found += map(numbers_and_names, decode(those))
     compressor.train(was_training)
-    different, inverse = (y, torch.arange(len(y))) if not isinstance(compressor, PCAAdapter) else _different(y, ids)
-    said = nearest_tokens(llm, different, 1)[0][:, 0][inverse.to(llm.device)]
-    out = {'n': len(ids), 'cosine': F.cosine_similarity(y, x, dim=-1).mean().item(), 'relative_error': ((y - x).norm()/x.norm()).item(),
-           'exact': (said == ids).float().mean().item()}
-    decode = lambda ids: llm.tokenizer.batch_decode([part.tolist() for part in ids.split(sizes.tolist())])
-    original, again = ([numbers_and_names(text) for text in decode(x)] for x in (ids, said))
+    n, (cosine, missed, whole, exact) = sum(map(len, rows)), sums.tolist()
+    out = {'n': n, 'cosine': cosine/n, 'relative_error': math.sqrt(missed/whole), 'exact': exact/n}
     for kind in ('numbers', 'names'):
         kept = [sum((Counter(a[kind]) & Counter(b[kind])).values()) for a, b in zip(original, again)]
         n = sum(len(a[kind]) for a in original)
         out |= {kind: sum(kept)/n if n else None, f'n_{kind}': n}
     return {f'tokens/{k}': v for k, v in out.items()}
+
+def _blocks(rows: list[Tensor], most: int = 16_384) -> Iterator[list[Tensor]]:
+    "The rows in order, in lists of at most so many tokens, or one row."
+    some = []
+    for row in rows:
+        if some and sum(map(len, some)) + len(row) > most: yield some; some = []
+        some.append(row)
+    if some: yield some
 
 def _different(y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     "One row for each different id, and where each id's is."
