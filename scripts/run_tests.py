@@ -34,6 +34,7 @@ class Result:
     skipped: int = 0
     output: str = ''
     seconds: float = 0.
+    parts: dict[str, float] = field(default_factory=dict)  # seconds of the tests in it
 
 
 @dataclass
@@ -123,10 +124,11 @@ def pytests() -> Result:
                                 f'--junitxml={report}', 'tests', env={'DRAG_HOME': folder})
         if not report.exists(): return _one(False, output)
         suites = list(ET.parse(report).getroot().iter('testsuite'))
+    parts = {case.get('name'): float(case.get('time', 0)) for suite in suites for case in suite.iter('testcase')}
     total, bad, skipped = (sum(sum(int(s.get(k, 0)) for k in keys) for s in suites)
                            for keys in (('tests',), ('failures', 'errors'), ('skipped',)))
     if code and not bad: bad = 1  # an error outside any test, or no test collected
-    return Result(max(total - bad - skipped, 0), bad, skipped, output)
+    return Result(max(total - bad - skipped, 0), bad, skipped, output, parts=parts)
 
 
 def tree_state() -> dict[str, str]:
@@ -218,8 +220,10 @@ def main(names: list[str]) -> int:
     part.write_text(json.dumps(known, indent=0))
     part.replace(TIMES)
     if len(steps) > 1:
-        slow = sorted(steps, key=lambda s: -s.result.seconds)[:10]
-        print('slowest: ' + ', '.join(f'{s.name} {s.result.seconds:.0f} s' for s in slow))
+        tests = {name: seconds for s in steps for name, seconds in s.result.parts.items()}
+        for what, took in (('steps', {s.name: s.result.seconds for s in steps}), ('tests', tests)):
+            slow = sorted(took, key=lambda name: -took[name])[:10]
+            if slow: print(f'slowest {what}: ' + ', '.join(f'{name} {took[name]:.0f} s' for name in slow))
     if bad := [s.name for s in steps if s.result.failed]: print('failed: ' + ', '.join(bad))
     print(f'{time.monotonic() - began:.0f} s in all')
     passed, failed, skipped = (sum(getattr(r, k) for r in results) for k in ('passed', 'failed', 'skipped'))
