@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'SHORTEST', 'Pair', 'judged_pairs', 'read_pairs', 'split_pairs', 'generate_pairs', 'mine_negatives',
-           'make_pairs', 'known_relevance', 'pairs_dataset']
+           'make_pairs', 'pairs_dataset']
 
 # %% ../../nbs/53_pairs.ipynb #900e20cb
 import csv, itertools, random, re
@@ -13,7 +13,6 @@ from typing import Annotated, Iterator, Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
-from .losses import Relevance
 from ..files import write_jsonl
 from ..records import (RecordError, RetrievalSet, Text, document_text, one_file_of, read_documents, read_lines, read_retrieval,
                               read_rows, validate_row)
@@ -199,17 +198,10 @@ def make_pairs(
     return {'counts': {'n': len(pairs), **counts, 'n_negatives': sum(len(p.negatives) for p in pairs)}}
 
 # %% ../../nbs/53_pairs.ipynb #c8ad50bc
-def known_relevance(pairs: list[Pair]) -> tuple[dict[str, int], Relevance]:
-    "(the number of every query and passage, which passages answer which queries)."
-    number = {text: i for i, text in enumerate(dict.fromkeys(text for p in pairs for text in (p.query, p.positive, *p.negatives)))}
-    return number, Relevance(((number[p.query], number[p.positive]) for p in pairs), len(number))
-
-def pairs_dataset(pairs: list[Pair], n_negatives: int, number: dict[str, int]):  # -> datasets.Dataset
-    """Columns query, positive, negative_1 … and label [2 n_negatives + 2]: 1 where there is such a negative, then the numbers of the
-    texts, in the order of their columns."""
+def pairs_dataset(pairs: list[Pair], n_negatives: int):  # -> datasets.Dataset
+    "Columns query, positive, negative_1 … and, with negatives, label [n_negatives]: 1 where there is such a negative."
     from datasets import Dataset
     columns = {'query': [p.query for p in pairs], 'positive': [p.positive for p in pairs]}
     for j in range(n_negatives): columns[f'negative_{j + 1}'] = [p.negatives[j] if j < len(p.negatives) else p.positive for p in pairs]
-    columns['label'] = [[int(j < len(p.negatives)) for j in range(n_negatives)] + [number[text] for text in texts]
-                        for p, *texts in zip(pairs, *list(columns.values()))]
+    if n_negatives: columns['label'] = [[int(j < len(p.negatives)) for j in range(n_negatives)] for p in pairs]
     return Dataset.from_dict(columns)

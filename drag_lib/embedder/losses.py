@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['covariance_floor', 'covariance_loss', 'epps_pulley', 'sigreg', 'std_loss', 'predictive_loss', 'margin_loss',
-           'Relevance', 'LossConfig', 'EmbedderLoss']
+           'LossConfig', 'EmbedderLoss']
 
 # %% ../../nbs/50_losses.ipynb #22cda9e4
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -103,34 +102,26 @@ def margin_loss(
     negative: Tensor | None = None,  # [m, d], of all items, in any order
     owner: Tensor | None = None,  # [m] int64: the item that each belongs to
     margin: float = 1.,  # in units of distance
-    relevant: Tensor | None = None,  # [n, n] bool: passages of other items that answer an item's query as well
 ) -> Tensor:  # scalar
-    "Mean over items of max(0, ‖q − p‖ − ‖q − nearest negative‖ + margin). An item that nothing is wrong for has no loss."
+    "Mean over items of max(0, ‖q − p‖ − ‖q − nearest negative‖ + margin). A single item without negatives has no loss."
+    n = len(query)
     distance = torch.cdist(query, positive, compute_mode='donot_use_mm_for_euclid_dist')
-    right = torch.eye(len(query), dtype=torch.bool, device=query.device)
-    if relevant is not None: right = right | relevant
-    nearest = distance.masked_fill(right, math.inf).amin(1)
+    itself = torch.eye(n, dtype=torch.bool, device=query.device)
+    nearest = distance.masked_fill(itself, math.inf).amin(1)
     if negative is not None and len(negative):
         own = torch.full_like(nearest, math.inf).scatter_reduce(0, owner, (query[owner] - negative).norm(dim=1), 'amin')
         nearest = torch.where(own.isinf(), nearest, own)
     return F.relu(distance.diagonal() - nearest + margin).mean()
 
 # %% ../../nbs/50_losses.ipynb #3e5cbc60
-class Relevance(nn.Module):
-    "Which passages answer which queries, both by number."
-    def __init__(self, pairs: Iterable[tuple[int, int]], n_passages: int):  # (query, passage); passages are below n_passages
-        super().__init__()
-        self.n_passages = n_passages
-        self.register_buffer('codes', torch.tensor(sorted({query*n_passages + passage for query, passage in pairs})), persistent=False)
-
-    def forward(self, queries: Tensor, passages: Tensor) -> Tensor:  # [n], [m] int64 → [n, m] bool
-        code = queries[:, None]*self.n_passages + passages
-        return self.codes[torch.searchsorted(self.codes, code).clamp(max=len(self.codes) - 1)] == code
-
-def _present(columns: list[Tensor], exists: Tensor) -> tuple[list[Tensor], Tensor]:
-    "The negatives that there are, [n_j, …] a column, and the item that each belongs to, [Σ n_j]."
+def _present(columns: list[Tensor], labels: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    "The negatives that there are, [n_j, d] a column, and the item that each belongs to, [Σ n_j]."
+    n, negatives = len(columns[0]), columns[2:]
+    exists = torch.ones(n, len(negatives), device=columns[0].device) if labels is None else labels.reshape(n, -1)
+    if exists.shape[1] != len(negatives):
+        raise ValueError(f'labels for {exists.shape[1]} negative columns, there are {len(negatives)}: drop labels or add columns')
     owners = [column.nonzero()[:, 0] for column in exists.T]
-    return [x[owner] for x, owner in zip(columns[2:], owners)], torch.cat([exists.new_zeros(0, dtype=torch.long), *owners])
+    return [x[owner] for x, owner in zip(negatives, owners)], torch.cat([exists.new_zeros(0, dtype=torch.long), *owners])
 
 # %% ../../nbs/50_losses.ipynb #eb8efcc7
 @dataclass
@@ -157,28 +148,21 @@ class LossConfig:
         return {name: getattr(self, name) for name in ('ranking', 'margin', 'predictive', 'covariance', 'sigreg', 'std', 'orthogonal')}
 
 # %% ../../nbs/50_losses.ipynb #f7828d0e
-def _ranking(query: Tensor, passages: Tensor, scale: float, known: Tensor | None) -> Tensor:
-    "Cross-entropy of each query's own passage, [n, d] of [m, d], those that are known to answer it as well left out ([n, m] bool)."
-    logits = scale*F.normalize(query, dim=1)@F.normalize(passages, dim=1).T
-    return F.cross_entropy(logits if known is None else logits.masked_fill(known, -math.inf), torch.arange(len(query), device=query.device))
-
 class EmbedderLoss(nn.Module):
     "The weighted parts, for SentenceTransformerTrainer."
     def __init__(
         self, model: nn.Module,  # features → {'sentence_embedding': [n, d]}: a SentenceTransformer, or its head on cached base vectors
         config: LossConfig | None = None,
-        relevance: Relevance | None = None,  # none: a query has no right passage but its own
     ):
-        from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
+        from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss, MultipleNegativesRankingLoss
         super().__init__()
-        self.model, self.config, self.relevance = model, config or LossConfig(), relevance
-        self._orthogonal = GlobalOrthogonalRegularizationLoss(model)
-        self.n_small = 0  # training batches without isotropy parts: fewer than 3 items
+        self.model, self.config = model, config or LossConfig()
+        self._ranking, self._orthogonal = MultipleNegativesRankingLoss(model, self.config.scale), GlobalOrthogonalRegularizationLoss(model)
+        self.n_small = 0  # batches without isotropy parts: fewer than 3 items
 
     def forward(
         self, sentence_features,  # one dict a column: query, positive, negatives …
-        labels: Tensor | None = None,  # [n] or [n, negative columns]: 0 where there is no such negative; None: all are there.
-        # With relevance, more columns follow: the numbers of the query, the positive and the negatives
+        labels: Tensor | None = None,  # [n] or [n, negative columns]: 0 where there is no such negative; None: all are there
     ) -> dict[str, Tensor]:  # weighted parts; their sum is the loss
         from sentence_transformers.base.losses.merged_forward import embed_columns
         columns = embed_columns(self.model, [dict(features) for features in sentence_features])
@@ -186,33 +170,19 @@ class EmbedderLoss(nn.Module):
 
     def parts(self, columns: list[Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         "`forward` from embeddings, [n, d] a column. ValueError where labels and columns do not agree."
-        exists, numbers = self._labels(columns, labels)
-        c, query, positive, (negatives, owner) = self.config, *columns[:2], _present(columns, exists)
-        passages, known, n = torch.cat([positive, *negatives]), None, len(query)
-        if numbers is not None:
-            known = self.relevance(numbers[0], torch.cat([numbers[1], *_present(numbers, exists)[0]]))
-            known[:, :n].fill_diagonal_(False)
-        clouds = [query, passages] if n > 2 else []
-        self.n_small += not clouds and torch.is_grad_enabled()
+        c, query, positive, (negatives, owner) = self.config, *columns[:2], _present(columns, labels)
+        passages = torch.cat([positive, *negatives])
+        clouds = [query, passages] if len(query) > 2 else []
+        self.n_small += not clouds
         over_clouds = lambda loss: sum(map(loss, clouds))/2 if clouds else 0*query.sum()
         parts = dict(
-            ranking=lambda: _ranking(query, passages, c.scale, known),
-            margin=lambda: margin_loss(query, positive, passages[n:], owner, c.margin_width, None if known is None else known[:, :n]),
+            ranking=lambda: self._ranking.compute_loss_from_embeddings([query, positive, *negatives], None),
+            margin=lambda: margin_loss(query, positive, passages[len(query):], owner, c.margin_width),
             predictive=lambda: predictive_loss(query, positive),
             covariance=lambda: over_clouds(lambda x: covariance_loss(x, c.sigma)),
             sigreg=lambda: over_clouds(lambda x: sigreg(x, c.slices)),
             std=lambda: over_clouds(lambda x: std_loss(x, c.sigma)),
             orthogonal=lambda: sum(self._orthogonal.compute_loss_from_embeddings([query, passages]).values()))
         return {name: weight*parts[name]() for name, weight in c.weights.items() if weight}
-
-    def _labels(self, columns: list[Tensor], labels: Tensor | None) -> tuple[Tensor, list[Tensor] | None]:
-        "(1 where there is such a negative, [n, negative columns]; the numbers of each column's texts, [n] each, or none)."
-        n, n_negatives = len(columns[0]), len(columns) - 2
-        if labels is None: labels = torch.ones(n, n_negatives, device=columns[0].device)
-        labels = labels.reshape(n, -1)
-        numbers = labels.shape[1] - n_negatives
-        if numbers != (0 if self.relevance is None else 2 + n_negatives):
-            raise ValueError(f'{labels.shape[1]} labels an item, for {n_negatives} negative columns: drop labels or add columns')
-        return labels[:, :n_negatives], [*labels[:, n_negatives:].T] if numbers else None
 
     def get_config_dict(self) -> dict: return asdict(self.config)  # for sentence-transformers' model card

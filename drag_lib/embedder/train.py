@@ -10,7 +10,6 @@ __all__ = ['Share', 'EmbedderConfig', 'training_pairs', 'prompts_of', 'on_cached
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from .data import Pair, known_relevance, mine_negatives, pairs_dataset, read_pairs, split_pairs
+from .data import Pair, mine_negatives, pairs_dataset, read_pairs, split_pairs
 from .losses import EmbedderLoss, LossConfig
 from .model import HEAD, embedder, freeze, routes, split
 from ..runs import Run, RunError, finished_run, load_run, project_path, start_run
@@ -138,27 +137,23 @@ class EmbedderTrainer(RunTrainer, SentenceTransformerTrainer):
             value = value.detach().float()
             self.since[name] = self.since.get(name, 0.) + torch.stack([value, torch.ones_like(value)])*self.n_rows
 
-    @cached_property
-    def val_batches(self) -> list[list[int]]:  # the same ones each time
-        return list(self.get_batch_sampler(self.eval_dataset, self.args.eval_batch_size, drop_last=False, valid_label_columns=['label'],
-                                           generator=torch.Generator(), seed=0))
-
     @torch.no_grad()
     def validation(self, model) -> dict[str, float]:
         "Means of the loss and its parts over the validation pairs, and the mean reciprocal rank of a query's first right passage."
         model.eval()
+        order = torch.randperm(len(self.eval_dataset), generator=torch.Generator().manual_seed(0)).tolist()
         sums, queries, passages = {}, [], []
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            for some in self.val_batches:
+            for some in [order[i:i + self.args.eval_batch_size] for i in range(0, len(order), self.args.eval_batch_size)]:
                 features, labels = self.collect_features(self._prepare_inputs(self.data_collator([self.eval_dataset[i] for i in some])))
                 columns = [model(f)['sentence_embedding'].float() for f in features]
                 parts = self.loss.parts(columns, labels)
                 for name, value in {'loss': sum(parts.values()), **parts}.items(): sums[name] = sums.get(name, 0.) + float(value)*len(some)
                 queries.append(columns[0]); passages.append(columns[1])
-        order = self.eval_dataset[sum(self.val_batches, [])]
-        rank = _first_rank(torch.cat(queries), torch.cat(passages), order['query'], order['positive'])
-        return {**{name: total/len(self.eval_dataset) for name, total in sums.items()}, 'mrr': (1/(1. + rank)).mean().item()}
+        texts = self.eval_dataset[order]
+        rank = _first_rank(torch.cat(queries), torch.cat(passages), texts['query'], texts['positive'])
+        return {**{name: total/len(order) for name, total in sums.items()}, 'mrr': (1/(1. + rank)).mean().item()}
 
 # %% ../../nbs/54_train.ipynb #3462e91f
 def _distinct(texts: list[str]) -> tuple[list[int], list[int]]:
@@ -188,8 +183,7 @@ class _FirstLook(TrainerCallback):
 # %% ../../nbs/54_train.ipynb #c086c5b9
 def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train: list[Pair], val: list[Pair]) -> EmbedderTrainer:
     n_negatives = min(config.n_negatives, max(len(p.negatives) for p in train))
-    number, relevance = known_relevance(train + val)
-    data, held = (pairs_dataset(pairs, n_negatives, number) for pairs in (train, val))
+    data, held = (pairs_dataset(pairs, n_negatives) for pairs in (train, val))
     columns = [name for name in data.column_names if name != 'label']
     each, accumulate = micro_batches(config)
     updates = math.ceil(math.ceil(len(train)/(each*world_size()))/accumulate)*config.epochs
@@ -199,7 +193,7 @@ def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train
         **kept, per_device_eval_batch_size=each, batch_sampler=BatchSamplers.NO_DUPLICATES, prompts=prompts_of(model, columns) or None,
         router_mapping=routes(model, columns))
     budget = Budget(config.minutes)
-    trainer = EmbedderTrainer(model, args, data, held, EmbedderLoss(model, config, relevance), run=run, config=config, budget=budget,
+    trainer = EmbedderTrainer(model, args, data, held, EmbedderLoss(model, config), run=run, config=config, budget=budget,
                               callbacks=[Progress('embedder', 'loss', budget)])
     trainer.remove_callback(PrinterCallback)
     trainer.updates_planned = updates
