@@ -11,12 +11,12 @@ __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_pas
            'context_prompts', 'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
-import gzip, json, math, random, re, sys
+import json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
 from ..prompts import ANSWER_HEADER, NO_ANSWER, build_batch, generate, last_attention, tokenize
-from ..records import ReadingRecord, read_reading
+from ..records import ReadingRecord, RecordError, read_lines, read_reading, read_rows
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
 from .model import (Chunks, MixedPrompt, Refrag, cut, expand, is_chunk, n_chunks, passages_prompt, saved_positions,
@@ -115,26 +115,36 @@ class RefragConfig(TrainConfig):
 _PER_TEXT = 16  # passages
 
 def read_texts(
-    sources: Iterable[str | Path],  # .txt: a text; .jsonl(.gz): a row with `text` is one; other rows are reading records
+    sources: Iterable[str | Path],  # .txt: a text; .jsonl(.gz), .json, .parquet: a row with `text` is one; other rows are reading records
     most: int | None = None,  # texts of each source
+    counts: dict | None = None,  # gets `n_texts_blank` and `n_texts_repeated`, both left out
 ) -> list[str]:
-    "The texts of all sources, each once. FileNotFoundError, ValueError for a source that is neither."
-    found = {}
+    "The texts of all sources, each once. FileNotFoundError; RecordError names file, line and field."
+    read = []
     for source in sources:
         path = project_path(source)
         if not path.is_file(): raise FileNotFoundError(f'{source}: no such file')
-        found |= dict.fromkeys((path.read_text(encoding='utf-8'),) if path.suffix == '.txt' else _texts_of_rows(path, most))
-    return [text for text in found if text.strip()]
+        read += [_whole(path)] if path.suffix == '.txt' else _texts_of_rows(path, most)
+    some = [text for text in read if text.strip()]
+    found = list(dict.fromkeys(some))
+    if counts is not None: counts |= {'n_texts_blank': len(read) - len(some), 'n_texts_repeated': len(some) - len(found)}
+    return found
+
+def _whole(path: Path) -> str:
+    lines = [line for _, line in read_lines(path, blank=True)]
+    if bad := [line for line in lines if isinstance(line, RecordError)]: raise bad[0]
+    return '\n'.join(lines)
 
 def _texts_of_rows(path: Path, most: int | None) -> list[str]:
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f: first = f.readline()
-    try: row = json.loads(first)
-    except ValueError: raise ValueError(f'{path}: neither .txt nor JSON lines') from None
-    if not (isinstance(row, dict) and isinstance(row.get('text'), str)): return join_passages(read_reading(path))[:most]
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
-        rows = [json.loads(line) for _, line in zip(range(most or sys.maxsize), f) if line.strip()]
-    if bad := [i for i, row in enumerate(rows, 1) if not isinstance(row.get('text'), str)]: raise ValueError(f'{path}:{bad[0]}: no `text`')
-    return [row['text'] for row in rows]
+    def text_of(place, row):
+        if isinstance(row, RecordError): raise row
+        if isinstance(row, dict) and isinstance(row.get('text'), str): return row['text']
+        raise RecordError('expected a row with a text', path, place, 'text')
+    rows = read_rows(path)
+    first = next(rows, None)
+    if first and isinstance(first[1], dict) and 'text' not in first[1] and first[1].keys() & {'context', 'paragraphs'}:
+        return join_passages(read_reading(path))[:most]
+    return [text_of(*row) for row in islice(chain([first] if first else [], rows), most)]
 
 def join_passages(records: list[ReadingRecord], seen: Iterable[str] = ()) -> list[str]:
     "The records' different passages that are not in `seen`, in order, sixteen lines to a text."
@@ -506,15 +516,16 @@ def _trained_texts(config: RefragConfig) -> list[str]:
 def split_texts(config: RefragConfig, tokenizer) -> tuple[Rows, list[list[int]], dict]:
     """(rows to train on, held-out rows of full length, counts). The same for all stages of the same seed, texts and `val_share`; where
     these differ, what a stage before was trained on is not held out (nor trained on) here, and counted."""
-    texts = read_texts(config.texts or [_world('train')])
+    left_out = {}
+    texts = read_texts(config.texts or [_world('train')], counts=left_out)
     ids = tokenize(tokenizer, texts)
     longest = config.n_context + (0 if config.stage == 'reconstruct' else config.n_next)
     trained, held = _split(len(ids), config.val_share, config.seed)
     unseen = _unseen(config, held, texts, _trained_texts)
     train, val = (Rows([ids[i] for i in part], longest) for part in (trained, unseen))
     rows = val.spread(config.val_rows, config.seed)
-    return train, rows, {'n_texts': len(ids), 'n_texts_too_short': train.n_short + val.n_short, 'n_tokens_read': sum(map(len, train.texts)),
-                         'n_val_rows': len(rows), 'n_held_out_seen': len(held) - len(unseen)}
+    return train, rows, {'n_texts': len(ids), **left_out, 'n_texts_too_short': train.n_short + val.n_short,
+                         'n_tokens_read': sum(map(len, train.texts)), 'n_val_rows': len(rows), 'n_held_out_seen': len(held) - len(unseen)}
 
 # %% ../../nbs/45_refrag.ipynb #3a55d981
 def _world(part: str) -> str:
