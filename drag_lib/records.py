@@ -6,8 +6,8 @@
 __all__ = ['MAX_NAME', 'Name', 'Text', 'Triple', 'AUDIT_MAX', 'AUDIT_MIN', 'RecordError', 'QuestionRecord', 'validate_row',
            'read_lines', 'read_rows', 'iter_questions', 'read_questions', 'write_questions', 'ReadingRecord',
            'read_reading', 'write_reading', 'RetrievalSet', 'document_text', 'one_file_of', 'read_retrieval',
-           'write_retrieval', 'read_documents', 'audit_questions', 'audit_table', 'split_questions', 'split_file',
-           'convert_questions']
+           'write_retrieval', 'read_plain', 'read_documents', 'audit_questions', 'audit_table', 'split_questions',
+           'split_file', 'convert_questions']
 
 # %% ../nbs/01_records.ipynb #0c594b47
 import csv, gzip, itertools, json, re, reprlib, unicodedata, zlib
@@ -431,10 +431,11 @@ class _PlainDocument(BaseModel):
     title: Annotated[str, Field(strict=True)] | None = None
     text: Text
 
-def _plain_text(path: Path) -> str | RecordError:
-    try: return path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as e: return RecordError(f'byte {e.start + 1} is not valid UTF-8', path)
-    except OSError as e: return RecordError(f'cannot be read ({e.strerror or e})', path)
+def read_plain(path: Path) -> str:
+    "The text of a file, its line ends as \\n, none at the end. RecordError names the first line that cannot be read."
+    lines = [line for _, line in read_lines(path, blank=True)]
+    if bad := next((line for line in lines if isinstance(line, RecordError)), None): raise bad
+    return '\n'.join(lines)
 
 def _document_rows(source: str | Path) -> Iterator[tuple[int | str, Any]]:
     "(place, row or RecordError) of a file, folder or hub name of documents."
@@ -444,12 +445,14 @@ def _document_rows(source: str | Path) -> Iterator[tuple[int | str, Any]]:
             if (path/name).is_file(): return read_rows(path/name)
         files = sorted(p for p in path.rglob('*') if p.suffix in ('.txt', '.md') and p.is_file())
         if not files: raise FileNotFoundError(f'{source}: no corpus.jsonl(.gz) and no .txt or .md file in this folder')
-        texts = ((str(file.relative_to(path)), _plain_text(file)) for file in files)
-        return ((name, text if isinstance(text, RecordError) else {'_id': name, 'text': text}) for name, text in texts)
+        def rows():
+            for file in files:
+                name = str(file.relative_to(path))
+                try: yield name, {'_id': name, 'text': read_plain(file)}
+                except RecordError as e: yield name, e
+        return rows()
     if path.suffix not in ('.txt', '.md') or not path.is_file(): return read_rows(source)
-    text = _plain_text(path)
-    if isinstance(text, RecordError): raise text
-    return ((f'part {n}', {'text': part}) for n, part in enumerate(re.split(r'\n\s*\n', text), 1) if part.strip())
+    return ((f'part {n}', {'text': part}) for n, part in enumerate(re.split(r'\n\s*\n', read_plain(path)), 1) if part.strip())
 
 def _documents_of(row, path, place) -> list[_PlainDocument]:
     if isinstance(row, RecordError): raise row

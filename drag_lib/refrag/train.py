@@ -31,7 +31,7 @@ from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
 from ..prompts import ANSWER_HEADER, NO_ANSWER, build_batch, generate, last_attention, tokenize
-from ..records import ReadingRecord, RecordError, read_lines, read_reading, read_rows
+from ..records import ReadingRecord, RecordError, read_plain, read_reading, read_rows
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
 from .model import (Chunks, MixedPrompt, Refrag, cut, expand, is_chunk, n_chunks, passages_prompt, saved_positions,
@@ -124,16 +124,11 @@ def read_texts(
     for source in sources:
         path = project_path(source)
         if not path.is_file(): raise FileNotFoundError(f'{source}: no such file')
-        read += [_whole(path)] if path.suffix == '.txt' else _texts_of_rows(path, most)
+        read += [read_plain(path)] if path.suffix == '.txt' else _texts_of_rows(path, most)
     some = [text for text in read if text.strip()]
     found = list(dict.fromkeys(some))
     if counts is not None: counts |= {'n_texts_blank': len(read) - len(some), 'n_texts_repeated': len(some) - len(found)}
     return found
-
-def _whole(path: Path) -> str:
-    lines = [line for _, line in read_lines(path, blank=True)]
-    if bad := [line for line in lines if isinstance(line, RecordError)]: raise bad[0]
-    return '\n'.join(lines)
 
 def _texts_of_rows(path: Path, most: int | None) -> list[str]:
     def text_of(place, row):
