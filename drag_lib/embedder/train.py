@@ -186,7 +186,8 @@ def _trainer(model: SentenceTransformer, config: EmbedderConfig, run: Run, train
     data, held = (pairs_dataset(pairs, n_negatives) for pairs in (train, val))
     columns = [name for name in data.column_names if name != 'label']
     each, accumulate = micro_batches(config)
-    updates = math.ceil(math.ceil(len(train)/(each*world_size()))/accumulate)*config.epochs
+    whole = math.floor if world_size() > 1 else math.ceil  # several processes leave out an epoch's last batch, where it is not whole
+    updates = math.ceil(whole(len(train)/(each*world_size()))/accumulate)*config.epochs
     plain = trainer_arguments(config, run, run.folder/'training', each, accumulate, updates)
     kept = {k: getattr(plain, k) for k in _KEPT} | {'learning_rate': config.base_learning_rate}
     args = SentenceTransformerTrainingArguments(
@@ -235,13 +236,13 @@ def train_embedder(
         base = {f'base/{k}': before[f'val/{k}'] for k in found}
         verdict = verdict_on('mrr', found['mrr'], base['base/mrr'])
         print(verdict, flush=True)
-        put_off = _expected(told['updates'], len(train), config.batch_size) - told['n_trained_items']
+        put_off = _expected(told['updates'], trainer.updates_planned//config.epochs, len(train), config.batch_size) - told['n_trained_items']
         counts |= {'n_small_batches': trainer.loss.n_small, 'n_put_off': put_off}
         return r.finish({'verdict': verdict} | found | base | told | counts)
 
-def _expected(updates: int, n: int, batch_size: int) -> int:
-    "Items of so many updates, each epoch's last one holding what is left."
-    epochs, rest = divmod(updates, math.ceil(n/batch_size))
+def _expected(updates: int, in_epoch: int, n: int, batch_size: int) -> int:
+    "Items of so many updates, `in_epoch` an epoch, which together hold all n."
+    epochs, rest = divmod(updates, in_epoch)
     return epochs*n + min(rest*batch_size, n)
 
 def verdict_on(name: str, value: float, base: float) -> str:
