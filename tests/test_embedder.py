@@ -1,5 +1,8 @@
 "The isotropic embedder: every field of its config changes what it says; torn-off runs resume; real sets where they are."
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -116,6 +119,19 @@ def test_resumed_through_the_base(home, monkeypatch):
     texts = ['whose capital is Paris?', 'France']
     a, b = (load_embedder(run, 'cpu').encode_query(texts) for run in ('whole', 'broken'))
     assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_two_processes_count_what_they_do(home):
+    "54 pairs in batches of 2 × 8: three updates an epoch, six pairs of each put off. One process makes four updates of them."
+    words = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node 2 -m drag_lib.cli --'.split()]
+    options = [*'train embedder --run two --json --train few.jsonl'.split(), '--base', str(home/'tiny/base'), *'--dim 32 --epochs 2 --batch-size 16 --precision fp32'.split()]
+    done = subprocess.run([*words, *options], capture_output=True, text=True, cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert (two['n_train'], two['updates'], two['updates_planned'], two['n_trained_items'], two['n_put_off']) == (54, 6, 6, 96, 12)
+    assert two['without_gradient'] == 0
+    one = told(home, 'one', start(home))[0]
+    assert (one['updates'], one['updates_planned'], one['n_trained_items'] + one['n_put_off']) == (8, 8, 108)
 
 
 @pytest.mark.skipif(not (SHARED/'cacm').exists(), reason='no shared data')
