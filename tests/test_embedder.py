@@ -124,8 +124,8 @@ def test_resumed_through_the_base(home, monkeypatch):
 def test_two_processes_count_what_they_do(home):
     "54 pairs in batches of 2 × 8: three updates an epoch, six pairs of each put off. One process makes four updates of them."
     words = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node 2 -m drag_lib.cli --'.split()]
-    options = [*'train embedder --run two --json --train few.jsonl'.split(), '--base', str(home/'tiny/base'), *'--dim 32 --epochs 2 --batch-size 16 --precision fp32'.split()]
-    done = subprocess.run([*words, *options], capture_output=True, text=True, cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    options = 'train embedder --run two --json --train few.jsonl --base tiny/base --dim 32 --epochs 2 --batch-size 16 --precision fp32'
+    done = subprocess.run([*words, *options.split()], capture_output=True, text=True, cwd=home, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)
     assert (two['n_train'], two['updates'], two['updates_planned'], two['n_trained_items'], two['n_put_off']) == (54, 6, 6, 96, 12)
