@@ -216,14 +216,21 @@ def similarity_scores(
 def overlap_scores(
     rows: list[list[list[int]]],  # B contexts of chunks of token ids
     questions: list[list[int]],  # B questions, token ids
-) -> Tensor:  # [B, L] float32, on the CPU, -inf at padding: the sum of log(chunks / chunks with it) over the different tokens in common
-    "What chunk and question have in common, by inverse document frequency among the context's chunks. ValueError for none."
+    passages: list[list[int]] | None = None,  # the passage that each chunk is of, 0 …; none: each chunk by itself
+) -> Tensor:  # [B, L] float32, on the CPU, -inf at padding
+    """The sum of log(chunks / chunks with it) over the different tokens that chunk and question have in common, and, with `passages`, the
+    best of the chunk's passage, for its first chunk twice. ValueError for no contexts."""
     if not rows: raise ValueError('there are no contexts: give at least one')
     scores = torch.full((len(rows), max(map(len, rows))), -torch.inf)
-    for score, chunks, question in zip(scores, rows, questions, strict=True):
+    for i, (chunks, question) in enumerate(zip(rows, questions, strict=True)):
         common = [{*question} & {*chunk} for chunk in chunks]
         n = Counter(token for some in common for token in some)
-        score[:len(chunks)] = torch.tensor([sum(math.log(len(chunks)/n[token]) for token in sorted(some)) for some in common])
+        own = torch.tensor([sum(math.log(len(chunks)/n[token]) for token in sorted(some)) for some in common])
+        if passages is not None and chunks:
+            passage = torch.tensor(passages[i])
+            best = torch.zeros(int(passage.max()) + 1).scatter_reduce(0, passage, own, 'amax')[passage]
+            own = own + best*(1 + (passage != F.pad(passage, (1, 0), value=-1)[:-1]))
+        scores[i, :len(chunks)] = own
     return scores
 
 @torch.no_grad()

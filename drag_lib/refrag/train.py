@@ -311,10 +311,12 @@ def question_vectors(encode, llm: LLM, questions: list[str], k: int) -> Tensor: 
     return torch.stack([encode(cut(ids, k).ids).mean(0) for ids in tokenize(llm.tokenizer, questions)])
 
 def question_overlap(llm: LLM, prompts: list[MixedPrompt], questions: list[str] | None) -> Tensor:  # [B, L], -inf at padding
-    "What each chunk has in common with the prompt's question, as text. ValueError without questions."
+    "What each chunk and its passage have in common with the prompt's question, as text. ValueError without questions."
     if questions is None: raise ValueError('overlap with what? There are no questions')
     asked = tokenize(llm.tokenizer, [f' {question}' for question in questions])
-    return overlap_scores([_chunks_of(prompt) for prompt in prompts], asked).to(llm.device)
+    sizes = [[len(piece) for piece in prompt if isinstance(piece, Chunks)] for prompt in prompts]
+    passages = [[i for i, size in enumerate(row) for _ in range(size)] for row in sizes]
+    return overlap_scores([_chunks_of(prompt) for prompt in prompts], asked, passages).to(llm.device)
 
 @torch.no_grad()
 def choose_chunks(
