@@ -236,7 +236,8 @@ def train_embedder(
         base = {f'base/{k}': before[f'val/{k}'] for k in found}
         verdict = verdict_on('mrr', found['mrr'], base['base/mrr'])
         print(verdict, flush=True)
-        put_off = _expected(told['updates'], trainer.updates_planned//config.epochs, len(train), config.batch_size) - told['n_trained_items']
+        in_epoch = trainer.updates_planned//config.epochs
+        put_off = _expected(told['updates'], in_epoch, len(train), config.batch_size) - told['n_trained_items']
         counts |= {'n_small_batches': trainer.loss.n_small, 'n_put_off': put_off}
         return r.finish({'verdict': verdict} | found | base | told | counts)
 
