@@ -7,7 +7,7 @@ read off what came before, so it matters what of a context is kept. No thing is 
 Reconstruction trains the decoder too: one of 5 M parameters has not learnt anything that helps it to read a vector as text, as the paper's
 7 B may have. The row `start` has the paper's frozen decoder beside it. All rows have full length but those of the row `curriculum`. For
 questions decoder and encoder begin anew, from the reader, on questions in ever new names (`drag_lib.questions`): trained on the world's own
-few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens: drawn at random, then, in further runs
+few, they learn the answers by heart. They begin with text, and ever less of it stands as tokens: drawn at random, then, in a second run
 on other questions, those chunks that have rare tokens in common with the question.
 
     .venv/bin/python scripts/measure_refrag.py                       all rows, seeds 0 1 2: a few hours on one core
@@ -45,7 +45,7 @@ ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in rand
         'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
 SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
 ASKED = ('questions', *SHOWN)
-OF_QUESTIONS = ('question_groups', 'question_runs', 'second_rate', 'policy_updates', 'expand', 'limit')
+OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
             'encoder_rate', 'start', 'limit')
 
@@ -82,14 +82,13 @@ class Measurement:
         updates = self.args.reconstruct_updates + self.args.cpt_updates
         return self.train(f'tokens-k{self.k}', 'pretrain', self.decoder(), k=self.k, updates=updates, eval_every=updates//5)
 
-    def instruct(self, n: int) -> str:
-        "The n-th run on questions; each has questions of its own."
-        later = dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap')
+    def instruct(self, n: int = 2) -> str:
+        "The n-th run on questions, of two; each has questions of its own."
         changes, rate = {
             1: (dict(val_share=.005, eval_every=400, expand=.12, expand_start=1., reconstruct_share=.35, text_share=.15), 2e-3),
-            2: (dict(later, expand=.12, expand_start=.3, reconstruct_share=.1, text_share=.15), self.args.second_rate),
-        }.get(n, (dict(later, expand=.07, expand_start=.14, reconstruct_share=.2, text_share=.1), 1e-3))
-        return self.train(f'questions-{n}', 'instruct', self.instruct(n - 1) if n > 1 else None, **self.new_questions(n), **changes,
+            2: (dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap', expand=.12, expand_start=.3,
+                     reconstruct_share=.1, text_share=.15), 1e-3)}[n]
+        return self.train(f'questions-{n}', 'instruct', self.instruct(1) if n == 2 else None, **self.new_questions(n), **changes,
                           batch_size=8, learning_rate=rate, encoder_rate=rate, precision='bf16')
 
     def new_questions(self, n: int) -> dict:
@@ -99,8 +98,8 @@ class Measurement:
         return dict(questions=path, boundaries='sentences')
 
     def policy(self, row: str):
-        shown, n = SHOWN[row], self.args.question_runs
-        return self.train(row.replace(' ', '-'), 'policy', self.instruct(n), **self.new_questions(n), val_share=.008,
+        shown = SHOWN[row]
+        return self.train(row.replace(' ', '-'), 'policy', self.instruct(), **self.new_questions(2), val_share=.008,
                           policy_attention='attention' in shown, policy_overlap='overlap' in shown, expand=self.args.expand,
                           updates=self.args.policy_updates, batch_size=16, eval_every=max(self.args.policy_updates//4, 1),
                           optimizer='adamw', learning_rate=5e-4)
@@ -121,7 +120,7 @@ class Measurement:
     def reading(self) -> dict:
         "What is read after each run on questions."
         found = {}
-        for n in range(1, self.args.question_runs + 1):
+        for n in (1, 2):
             model, _, config = load_refrag(self.instruct(n))
             overlapping = lambda prompts, asked: choose_chunks(model, 'overlap', prompts, self.args.expand, questions=asked)
             for name, choice in (('vectors', lambda prompts, asked: [set()]*len(prompts)), ('overlap', overlapping),
@@ -174,9 +173,7 @@ if __name__ == '__main__':
     parser.add_argument('--start', help='a finished run of such a decoder, e.g. another measurement’s NAME-s0-decoder: none is trained')
     parser.add_argument('--reconstruct-updates', type=int, default=300)
     parser.add_argument('--cpt-updates', type=int, default=400)
-    parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names')
-    parser.add_argument('--question-runs', type=int, default=3, help='on as many groups each, each from the one before')
-    parser.add_argument('--second-rate', type=float, default=1e-3, help='learning rate of the second of them')
+    parser.add_argument('--question-groups', type=int, default=16_000, help='of up to four questions in new names, for each of two runs')
     parser.add_argument('--policy-updates', type=int, default=240)
     parser.add_argument('--expand', type=float, default=.07, help='share of the chunks that the policy gives back as tokens')
     parser.add_argument('--learning-rate', type=float, default=1e-3, help='of the decoder, where it is trained')
