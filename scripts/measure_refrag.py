@@ -40,11 +40,12 @@ ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in rand
         'text': 'perplexity of held-out text after CPT: REFRAG-k, full, last s/k tokens, none',
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 on 4 passages after each run: as vectors, with overlapping chunks as tokens, as text',
+        'dev questions': 'the same of the world’s dev questions: nothing was chosen by these',
         'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
         'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
         'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
 SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
-ASKED = ('questions', *SHOWN)
+ASKED = ('questions', 'dev questions', *SHOWN)
 OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
             'encoder_rate', 'start', 'limit')
@@ -109,30 +110,30 @@ class Measurement:
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
-        if row == 'questions': return self.reader() | self.reading()
+        if row == 'questions': return self.reading('test')
+        if row == 'dev questions': return self.reading('dev')
         return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
-    def reader(self) -> dict:
-        "The reader as it comes, all passages as text."
-        llm, config = load_llm('reader-tiny'), RefragConfig(stage='instruct', k=1, seed=self.seed)
-        return self.answers('reader', Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), config, lambda prompts, asked: prompts)
+    def reading(self, split: str) -> dict:
+        "What the reader as it comes makes of the text, and what is read after each run on questions."
+        records = read_reading(project_folder()/WORLD.format(split))[:self.args.limit]
+        asked = [r.question for r in records]
 
-    def reading(self) -> dict:
-        "What is read after each run on questions."
-        found = {}
+        def answers(name: str, model: Refrag, config: RefragConfig, choice) -> dict:
+            prompts, _ = question_prompts(config, model.llm.tokenizer, records)
+            metrics, _ = answer_questions(model, expand(prompts, choice(prompts)), records, config, progress=name)
+            return {f'{name}/{metric}': value for metric, value in metrics.items()}
+
+        choices = {'vectors': lambda prompts: [set()]*len(prompts),
+                   'overlap': lambda prompts: choose_chunks(model, 'overlap', prompts, self.args.expand, questions=asked),
+                   'full': lambda prompts: [{*range(n_chunks(prompt))} for prompt in prompts]}
+        llm = load_llm('reader-tiny')
+        model, config = Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), RefragConfig(stage='instruct', k=1, seed=self.seed)
+        found = answers('reader', model, config, choices['vectors'])
         for n in (1, 2):
             model, _, config = load_refrag(self.instruct(n))
-            overlapping = lambda prompts, asked: choose_chunks(model, 'overlap', prompts, self.args.expand, questions=asked)
-            for name, choice in (('vectors', lambda prompts, asked: [set()]*len(prompts)), ('overlap', overlapping),
-                                 ('full', lambda prompts, asked: [{*range(n_chunks(prompt))} for prompt in prompts])):
-                found |= self.answers(f'run {n}/{name}', model, config, lambda prompts, asked: expand(prompts, choice(prompts, asked)))
+            for name, choice in choices.items(): found |= answers(f'run {n}/{name}', model, config, choice)
         return found
-
-    def answers(self, name: str, model: Refrag, config: RefragConfig, change) -> dict:
-        records = read_reading(project_folder()/WORLD.format('test'))[:self.args.limit]
-        prompts, _ = question_prompts(config, model.llm.tokenizer, records)
-        metrics, _ = answer_questions(model, change(prompts, [r.question for r in records]), records, config, progress=name)
-        return {f'{name}/{metric}': value for metric, value in metrics.items()}
 
     def figures(self, run: str) -> dict:
         r = load_run(run)
