@@ -27,7 +27,7 @@ from drag_lib.questions import write_new_questions
 from drag_lib.records import read_reading
 from drag_lib.refrag.encoder import ChunkEncoder
 from drag_lib.refrag.model import Refrag, expand, n_chunks
-from drag_lib.refrag.train import (RefragConfig, answer_questions, choose_chunks, evaluate_refrag, load_refrag, question_prompts,
+from drag_lib.refrag.train import (SELECTORS, RefragConfig, answer_questions, choose_chunks, evaluate_refrag, load_refrag, question_prompts,
                                    train_refrag)
 from drag_lib.runs import device_name, git_state, load_run, project_folder
 from drag_lib.world import retold_texts
@@ -41,11 +41,13 @@ ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in rand
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 on 4 passages after each run: as vectors, with overlapping chunks as tokens, as text',
         'dev questions': 'the same of the world’s dev questions: nothing was chosen by these',
+        'choices': 'questions at equal rate after the first run, whose decoder has met no choice but random ones',
         'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
         'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
         'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
 SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
-ASKED = ('questions', 'dev questions', *SHOWN)
+ASKED = ('questions', 'dev questions', 'choices', *SHOWN)
+READ = ('vectors', 'overlap', 'full')
 OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
             'encoder_rate', 'start', 'limit')
@@ -112,27 +114,26 @@ class Measurement:
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
         if row == 'questions': return self.reading('test')
         if row == 'dev questions': return self.reading('dev')
+        if row == 'choices': return self.reading('test', [1], ['vectors', *(name for name in SELECTORS if name != 'policy'), 'full'])
         return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
-    def reading(self, split: str) -> dict:
+    def reading(self, split: str, runs=(1, 2), names=READ) -> dict:
         "What the reader as it comes makes of the text, and what is read after each run on questions."
         records = read_reading(project_folder()/WORLD.format(split))[:self.args.limit]
-        asked = [r.question for r in records]
 
-        def answers(name: str, model: Refrag, config: RefragConfig, choice) -> dict:
+        def answers(row: str, model: Refrag, config: RefragConfig, name: str = 'full') -> dict:
             prompts, _ = question_prompts(config, model.llm.tokenizer, records)
-            metrics, _ = answer_questions(model, expand(prompts, choice(prompts)), records, config, progress=name)
-            return {f'{name}/{metric}': value for metric, value in metrics.items()}
+            if name == 'vectors': chosen = [set()]*len(prompts)
+            elif name == 'full': chosen = [{*range(n_chunks(prompt))} for prompt in prompts]
+            else: chosen = choose_chunks(model, name, prompts, self.args.expand, questions=[r.question for r in records], seed=self.seed)
+            metrics, _ = answer_questions(model, expand(prompts, chosen), records, config, progress=row)
+            return {f'{row}/{metric}': value for metric, value in metrics.items()}
 
-        choices = {'vectors': lambda prompts: [set()]*len(prompts),
-                   'overlap': lambda prompts: choose_chunks(model, 'overlap', prompts, self.args.expand, questions=asked),
-                   'full': lambda prompts: [{*range(n_chunks(prompt))} for prompt in prompts]}
         llm = load_llm('reader-tiny')
-        model, config = Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), RefragConfig(stage='instruct', k=1, seed=self.seed)
-        found = answers('reader', model, config, choices['vectors'])
-        for n in (1, 2):
+        found = answers('reader', Refrag(llm, ChunkEncoder(llm, 'identity'), 1).eval(), RefragConfig(stage='instruct', k=1, seed=self.seed))
+        for n in runs:
             model, _, config = load_refrag(self.instruct(n))
-            for name, choice in choices.items(): found |= answers(f'run {n}/{name}', model, config, choice)
+            for name in names: found |= answers(f'run {n}/{name}', model, config, name)
         return found
 
     def figures(self, run: str) -> dict:
