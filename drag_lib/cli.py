@@ -448,7 +448,7 @@ app.add_typer(refrag_app, name='refrag')
 
 @refrag_app.command('index')
 def _index(
-    source: Annotated[str, typer.Argument(help='.jsonl(.gz): rows with text (and _id, title), or reading records.')],
+    source: Annotated[str, typer.Argument(help='Folder of .txt and .md, rows with text (and _id, title), or reading records.')],
     out: Annotated[str, typer.Option(help='Folder of the index.')],
     kind: Annotated[str, typer.Option(help='flat, hnsw or ivf-pq.')] = 'flat',
     encoder: Annotated[str, typer.Option(help='That finds passages: minilm, or a sentence-transformers name or folder.')] = 'minilm',
@@ -456,6 +456,16 @@ def _index(
 ):
     "Index passages, for drag ask RUN QUESTION --index FOLDER."
     _print(_call(as_json, _library('drag_lib.refrag.answers', 'index_corpus'), source, out, kind=kind, encoder=encoder), as_json)
+
+@refrag_app.command('encode')
+def _encode(
+    run: str,
+    index: Annotated[str, typer.Option(help='Folder of passages, made by drag refrag index.')],
+    vectors: Annotated[str | None, typer.Option(help="File of chunk vectors; without: the run's own, which drag ask reads.")] = None,
+    as_json: _Json = False,
+):
+    "Compute the vectors of all of an index's chunks that are not kept yet; those of the run before it changed are forgotten."
+    _print(_call(as_json, _library('drag_lib.refrag.answers', 'encode_corpus'), run, index, vectors=vectors), as_json)
 
 @refrag_app.command('budget', context_settings=_words)
 def _budget(ctx: typer.Context):

@@ -205,8 +205,9 @@ def _save(self: PassageIndex, folder: str | Path):
     "Write the index into a folder, in place of one that is there. ValueError where the folder holds anything else."
     import faiss
     folder = Path(folder)
-    strange = {p.name for p in folder.glob('*')} - {_INDEX, _PASSAGES, _MANIFEST} if folder.exists() else ()
+    strange = {p.name for p in folder.glob('[!.]*')} - {_INDEX, _PASSAGES, _MANIFEST} if folder.exists() else ()
     if strange: raise ValueError(f'{folder} holds {min(strange)!r}: an index needs a folder of its own')
+    for left in folder.glob('.*.tmp.*'): left.unlink()  # of a writing that was killed
     (folder/_MANIFEST).unlink(missing_ok=True)
     with atomic_path(folder/_INDEX) as f: faiss.write_index(self.index, str(f))
     write_jsonl(folder/_PASSAGES, ({'_id': key, **passage} for key, passage in self.corpus.items()))
@@ -276,7 +277,8 @@ class VectorStore:
 
     @property
     def maker(self) -> str:
-        "Fingerprint of what computes the vectors, as it is now. ValueError where a module is in training mode."
+        """Fingerprint of what computes the vectors, as it is now; only a change in place through `.data` goes unnoticed, as it does by
+        autograd. ValueError where a module is in training mode."""
         modules = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
         for name, module in modules.items():
             if module.training: raise ValueError(f'{name} is in training mode, its vectors would not last: call eval() first')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTION', 'ANSWER_HEADER', 'JOIN', 'NO_ANSWER', 'Piece', 'Prompt', 'Evidence', 'answer_text', 'tokenize',
-           'PromptBatch', 'build_batch', 'base_model', 'last_logits', 'answer_loss', 'last_attention', 'AnswerTrie',
-           'Generations', 'generate', 'reference_greedy']
+           'PromptBatch', 'build_batch', 'base_model', 'TooLong', 'decoder_window', 'last_logits', 'answer_loss',
+           'last_attention', 'AnswerTrie', 'Generations', 'generate', 'reference_greedy']
 
 # %% ../nbs/12_prompts.ipynb #fc56d952
 import inspect
@@ -142,6 +142,13 @@ def _assemble(llm, rows, vectors, n_dropped, n_labels, eos_loss_weight) -> Promp
 def base_model(llm: LLM):
     "The transformers model, out of its PEFT wrapper where it has one (adapters stay active: they sit inside)."
     return llm.model.get_base_model() if hasattr(llm.model, 'get_base_model') else llm.model
+
+class TooLong(ValueError):
+    "Something does not fit the window of a language model."
+
+def decoder_window(llm: LLM) -> int | None:
+    "Positions that the model was built for, as its config says; None: it has no bound."
+    return getattr(base_model(llm).config, 'max_position_embeddings', None)
 
 def last_logits(llm: LLM, batch: PromptBatch, n: int) -> Tensor:  # [B, n, vocab], float32
     "Logits of the last `n` positions of each row, from one pass without a cache; no others are computed where the model can help it."

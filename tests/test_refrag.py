@@ -59,6 +59,22 @@ def test_killed_ends_in_the_same_weights(home, whole):
     assert read(home, 'killed', 'manifest.json')['resumes'] == 1
 
 
+def test_a_killed_policy_ends_in_the_same_weights(home, whole, drag):
+    "Two updates share their choices: a checkpoint stands between such pairs."
+    line = train('policy', '--resume', run='killed-policy', start='whole', expand=.3, updates=60, group=3)
+    code, out, err = drag(line.replace('killed-policy', 'whole-policy'))
+    assert code == 0, err
+    folder, job, until = home/'checkpoints'/'killed-policy'/'training', Job(home, line), time.monotonic() + 200
+    while not [*folder.glob('**/checkpoint-*')] and job.process.is_alive() and time.monotonic() < until: time.sleep(.005)
+    assert job.process.is_alive() and job.kill(), job.err
+    code, out, err = drag(line)
+    assert code == 0 and read(home, 'killed-policy', 'manifest.json')['resumes'] == 1, err
+    same_end(home, 'killed-policy', 'whole-policy', ['model.safetensors', 'last.safetensors', 'policy.safetensors'])
+    code, out, err = drag(train('policy', run='odd', start='whole', expand=.3, passes=3))
+    assert (code, out) == (2, '') and not (home/'checkpoints'/'odd').exists()
+    one_error(err, 'eval_every = 4', 'multiple of passes, 3')
+
+
 def test_two_processes(home, whole, drag):
     "The `--` keeps torchrun from reading `--run` as its own `--run-path`."
     words = [sys.executable, *'-m torch.distributed.run --standalone --nproc_per_node 2 -m drag_lib.cli --'.split()]
@@ -103,12 +119,15 @@ def test_ask_a_corpus(home, whole, drag):
     found = [json.loads(drag(['ask', 'answers', asked, '--index', 'index', '--json'])[1]) for _ in range(2)]
     assert found[0].pop('vectors_computed') > found[1].pop('vectors_computed') == 0 and found[0] == found[1]
     assert len(found[0]['passages']) == 2 and isinstance(found[0]['answer'], list) and found[0]['positions'] < found[0]['positions_as_text']
+    found = [json.loads(drag('refrag encode answers --index index --json')[1]) for _ in range(2)]
+    assert found[0]['n_computed'] > found[1]['n_computed'] == 0
     code, out, err = drag(['ask', 'answers', asked, '--index', 'index', '--n-passages', '3'])
     assert code == 0 and len(out.splitlines()) == 4, err
     for words, code, parts in ((['ask', 'answers', asked], 2, ['--index']), (['ask', 'answers', asked, '--graph', 'g.csv'], 2, ['--index']),
                                (['ask', 'answers', asked, '--index', 'index', '--budget', '9'], 2, ['budget']),
                                (['ask', 'whole', asked, '--index', 'index'], 1, ['reconstruct']),
                                (['ask', 'answers', asked, '--index', 'none'], 1, ['not a passage index']),
+                               ('refrag encode answers --index none'.split(), 1, ['not a passage index']),
                                ('refrag index text.jsonl --out index2 --kind tree'.split(), 1, ['tree'])):
         got, out, err = drag(words)
         assert (got, out) == (code, ''), err

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..bench import record_result
 from ..llm import GIB, PRESETS, find_model, meta_model, read_pretrained
@@ -61,21 +62,34 @@ ENCODERS = {'minilm': dict(_bert, **_size(384, 6, 12)), 'roberta-base': dict(_ro
 def model_cost(
     model,  # a preset of `drag_lib.llm`, an encoder of ENCODERS, a folder or hub id of a decoder, or a transformers config
 ) -> ModelCost:
-    "Weights, attention and cache of a model; nothing is allocated. ValueError for an unknown name."
+    "Weights, attention and cache of a model; nothing is allocated. ValueError for an unknown name, or attention of a kind unknown here."
     config, name = _config(model)
     decoder = name not in ENCODERS and config.model_type not in ('bert', 'roberta')
     meta = meta_model(config) if decoder else _meta_encoder(config)
     head = meta.get_output_embeddings() if decoder else None
-    linear = [m for m in meta.modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [m for m in meta.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     experts = [p for n, p in meta.named_parameters() if p.dim() == 3 and '.experts.' in n]
-    heads = [m for n, m in meta.named_modules() if n.split('.')[-1] in ('q_proj', 'query') and isinstance(m, nn.Linear)]
-    kept = [m for n, m in meta.named_modules() if n.split('.')[-1] in ('k_proj', 'v_proj') and isinstance(m, nn.Linear)]
     mamba = [m for m in meta.modules() if hasattr(m, 'ssm_state_size')]
+    attention, kept = _attention_widths(meta, config)
+    if not (attention or mamba): raise ValueError(f'{name}: no {" or ".join((*_QUERY, *_FUSED))} tells the width of its attention')
     at_work = sum(p[0].numel()*config.num_experts_per_tok for p in experts)
     return ModelCost(
         name, config.hidden_size, sum(p.numel() for p in meta.parameters()), sum(m.weight.numel() for m in linear) + at_work,
-        head.weight.numel() if decoder else 0, sum(m.out_features for m in heads), sum(m.out_features for m in kept),
+        head.weight.numel() if decoder else 0, attention, kept,
         sum(m.conv_dim*m.conv_kernel_size + m.intermediate_size*m.ssm_state_size for m in mamba))
+
+_QUERY, _KEPT, _FUSED = ('q_proj', 'query'), ('k_proj', 'v_proj'), ('qkv_proj', 'query_key_value', 'c_attn', 'Wqkv', 'qkv')
+
+def _attention_widths(meta: nn.Module, config) -> tuple[int, int]:
+    "(width of the queries, of keys and values together), summed over layers; some models have all three in one map."
+    of = lambda names: [m.weight.numel()//_inputs_of(m) for n, m in meta.named_modules()
+                        if n.split('.')[-1] in names and isinstance(m, (nn.Linear, Conv1D))]
+    fused = of(_FUSED)
+    if not fused: return sum(of(_QUERY)), sum(of(_KEPT))
+    width = config.num_attention_heads*(getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads)
+    return width*len(fused), sum(fused) - width*len(fused)
+
+def _inputs_of(m: nn.Module) -> int: return m.nx if isinstance(m, Conv1D) else m.in_features
 
 def _config(model):
     "A transformers config and its name."
@@ -181,7 +195,9 @@ def refrag_budget(
     if min(output, batch) < 1: raise ValueError(f'output = {output}, batch = {batch}: give 1 or more of each')
     if not 0 < efficiency <= 1: raise ValueError(f'efficiency = {efficiency}: a share of the machine, above 0 and at most 1')
     decoder, reads, size = model_cost(llm), model_cost(encoder), _BYTES[precision]
-    machine = Hardware(flops or HARDWARE[hardware].flops, bandwidth or HARDWARE[hardware].bandwidth)
+    for name, x in (('flops', flops), ('bandwidth', bandwidth)):
+        if x is not None and not x > 0: raise ValueError(f'{name} = {x}: give more than 0, or leave it out for that of {hardware}')
+    machine = Hardware(*(known if given is None else given for given, known in zip((flops, bandwidth), HARDWARE[hardware])))
     if not 0 <= hit_rate <= 1: raise ValueError(f'hit_rate = {hit_rate}: a share, 0 to 1')
     def ways(s):
         seconds = lambda positions, work=0.: _times(decoder, positions, work, output, batch, machine, efficiency, size)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..llm import LLM
 from ..passages import VectorStore, chunk_texts
-from ..prompts import (ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, base_model, build_batch, last_attention,
+from ..prompts import (ANSWER_HEADER, INSTRUCTION, Evidence, Prompt, PromptBatch, TooLong, build_batch, decoder_window, last_attention,
                               last_logits)
 from .encoder import ChunkEncoder
 from ..training import rest_untrained
@@ -106,9 +106,15 @@ class Refrag(nn.Module):
         self.store = VectorStore(path, self.encoder, self.encoder.parts())
 
     def vectors(self, chunks: list[list[int]]) -> Tensor:  # [n, llm width]
-        "The chunks' vectors, out of the store where there is one and nothing is trained."
-        if self.store is None or self.training or not chunks: return self.encoder(chunks)
-        return self.store.get(chunks).to(self.llm.device)
+        """The chunks' vectors, out of the store where there is one and nothing is trained. ValueError where they are not finite and
+        nothing is trained: the training loop names such a loss itself."""
+        if self.training or not chunks: return self.encoder(chunks)
+        found = self.encoder(chunks) if self.store is None else self.store.get(chunks).to(self.llm.device)
+        if not found.isfinite().all():
+            bad = [f'parameter {name}' for name, p in self.encoder.named_parameters() if not p.isfinite().all()]
+            raise ValueError(f'{int((~found.isfinite().all(1)).sum())} of {len(found)} chunk vectors are not finite: '
+                             f'{bad[0] if bad else "the encoder’s parameters are"}')
+        return found
 
     def encode(self, prompts: list[MixedPrompt]) -> dict[tuple[int, ...], Tensor]:
         "The vector [llm width] of each different chunk that stands as one."
@@ -128,14 +134,14 @@ class Refrag(nn.Module):
         return Evidence([tokens(c) if piece.is_expanded(i) else vectors[tuple(c)][None] for i, c in enumerate(piece.ids)])
 
     def batch(self, prompts: list[MixedPrompt], answers: list[str] | None = None, *, max_length: int | None = None) -> PromptBatch:
-        """The prompts as one batch, as of `build_batch`; `max_length` is the decoder's window at most. ValueError where a prompt is longer
+        """The prompts as one batch, as of `build_batch`; `max_length` is the decoder's window at most. TooLong where a prompt is longer
         than the window and no `max_length` is given."""
-        window = getattr(base_model(self.llm).config, 'max_position_embeddings', None)
+        window = decoder_window(self.llm)
         if window and max_length: max_length = min(max_length, window)
         batch = build_batch(self.llm, self.mixed(prompts), answers, max_length=max_length)
         if window and int(batch.n_tokens.max()) > window:
-            raise ValueError(f'a prompt of {int(batch.n_tokens.max())} positions does not fit the window of {self.llm.name}, {window}: '
-                             'compress more (k), or give max_length to drop passages')
+            raise TooLong(f'a prompt of {int(batch.n_tokens.max())} positions does not fit the window of {self.llm.name}, {window}: '
+                          'compress more (k), or give max_length to drop passages')
         return batch
 
 def is_chunk(prompts: list[MixedPrompt], n_dropped: list[int]) -> list[list[bool]]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..llm import LLM
-from ..prompts import base_model, build_batch, last_logits
+from ..prompts import TooLong, build_batch, decoder_window, last_logits
 
 # %% ../../nbs/44_policy.ipynb #92a4da0e
 def n_expanded(
@@ -238,7 +238,7 @@ def perplexity_scores(
     llm: LLM,
     rows: list[list[list[int]]],  # B contexts of chunks of token ids
 ) -> Tensor:  # [B, L], mean -log p of each chunk's tokens after all that stands before it
-    "How hard each chunk is to predict for the decoder; one context at a time. ValueError for one longer than its window."
+    "How hard each chunk is to predict for the decoder; one context at a time. TooLong for one longer than its window."
     if not rows: raise ValueError('there are no contexts: give at least one')
     scores = torch.full((len(rows), max(map(len, rows))), -torch.inf, device=llm.device)
     for score, chunks in zip(scores, rows):
@@ -247,9 +247,9 @@ def perplexity_scores(
 
 def _chunk_losses(llm: LLM, chunks: list[list[int]]) -> Tensor:  # [number of chunks]
     ids = torch.tensor([i for chunk in chunks for i in chunk], device=llm.device)
-    window = getattr(base_model(llm).config, 'max_position_embeddings', None) or math.inf
+    window = decoder_window(llm) or math.inf
     if len(ids) + (llm.bos_id is not None) > window:
-        raise ValueError(f'a context of {len(ids)} tokens does not fit the decoder’s window of {window}: cut it')
+        raise TooLong(f'a context of {len(ids)} tokens does not fit the decoder’s window of {window}: cut it')
     batch = build_batch(llm, [[llm.embed(ids)]])
     known = len(ids) - (llm.bos_id is None)  # without BOS nothing stands before the first token
     log_p = last_logits(llm, batch, known + 1)[0, :-1].log_softmax(-1)

@@ -6,14 +6,15 @@
 __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_passages', 'Rows', 'text_prompts',
            'question_prompts', 'answer_ids', 'runs_before', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_mask',
            'chunk_vectors', 'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen',
-           'PolicyTask', 'exact_recall', 'score_texts', 'answer_questions', 'split_texts', 'grouped', 'split_questions',
-           'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'misread', 'train_refrag', 'plot_stage',
-           'context_prompts', 'evaluate_texts', 'evaluate_questions', 'evaluate_refrag', 'diagnose_refrag']
+           'PolicyTask', 'exact_recall', 'score_texts', 'answer_room', 'answer_questions', 'split_texts', 'grouped',
+           'gold_passages', 'linked', 'split_questions', 'group_targets', 'chunk_rows', 'expanded_share', 'overlapping',
+           'misread', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
+           'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
 import json, math, random, re, sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate, chain, groupby, islice
@@ -30,7 +31,7 @@ from ..files import atomic_path, write_json, write_jsonl
 from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
-from ..prompts import ANSWER_HEADER, NO_ANSWER, build_batch, generate, last_attention, tokenize
+from ..prompts import ANSWER_HEADER, NO_ANSWER, TooLong, build_batch, decoder_window, generate, last_attention, tokenize
 from ..records import ReadingRecord, RecordError, read_plain, read_reading, read_rows
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
@@ -68,10 +69,10 @@ class RefragConfig(TrainConfig):
     order: Literal['stages', 'shuffled', 'longest'] = 'stages'  # reconstruct, cpt: lengths by curriculum, mixed, or all n_context
     boundaries: Literal['tokens', 'sentences'] = 'tokens'  # instruct, policy: where a passage's chunks end
     expand: Share = 0.  # cpt, instruct: share of chunks left as tokens, drawn; policy: the share that it chooses
-    expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; drawn anew for each update, this is its mean
+    expand_start: Share | None = None  # instruct: this share at first, falling to `expand`; a micro-batch has twice it, times 0 to 1
     expand_by: Literal['random', 'overlap'] = 'random'  # instruct: which these are; overlap: as many for each of the questions drawn
-    text_share: Share = 0.  # instruct: of the updates, those with all chunks as tokens
-    reconstruct_share: Share = 0.  # instruct: of the updates, those that reconstruct the passages' chunks
+    text_share: Share = 0.  # instruct: of the micro-batches, those with all chunks as tokens
+    reconstruct_share: Share = 0.  # instruct: of the micro-batches, those that reconstruct the passages' chunks
     texts: list[str] = field(default_factory=list)  # .txt, .jsonl(.gz) with `text`, reading records; none: the embedded data set's passages
     val_share: Share = .1  # of the texts, drawn by the seed: never trained on
     val_rows: Positive = 64  # rows of text, or questions, that choose the best checkpoint
@@ -97,6 +98,8 @@ class RefragConfig(TrainConfig):
             raise ValueError(f'n_context = {self.n_context} is no stage of the curriculum at k = {self.k}: give one of {lengths}')
         if self.stage == 'policy' and not (self.start and 0 < self.expand < 1):
             raise ValueError('the policy needs the run whose decoder rewards it, and how much to expand: give start, and expand above 0')
+        if self.stage == 'policy' and (self.eval_every or 0) % self.passes:
+            raise ValueError(f'eval_every = {self.eval_every}: a checkpoint keeps no choices, so give a multiple of passes, {self.passes}')
         if self.expand_start is not None and self.epochs > 1:
             raise ValueError('expand_start falls over one epoch: leave epochs at 1, and give more questions')
         if self.start and self.llm: raise ValueError('start brings its own decoder: leave llm out')
@@ -234,6 +237,8 @@ def _load_decoder(state: dict, decoder: str, checkpointing: bool = False, precis
     if state['adapter'] and decoder == 'all': llm.model = llm.model.merge_and_unload()
     return llm
 
+_OF_ENCODER, _OF_LORA = ('pooling', 'normalize', 'residual', 'projector_hidden'), ('lora_rank', 'lora_alpha')
+
 def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
     "(the model with what the stage trains trainable, all else frozen; where its parts come from)."
     nothing = {**dict.fromkeys(('llm', 'adapter', 'encoder', 'policy')), 'name': config.llm or 'reader-tiny'}
@@ -241,6 +246,10 @@ def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
     if state['encoder'] and config.encoder: raise ValueError('start brings its own encoder: leave encoder out')
     if state['encoder'] and state['config']['k'] != config.k:
         raise ValueError(f'{config.start} was trained with k = {state["config"]["k"]}: give the same')
+    brought = [*(_OF_ENCODER if state['encoder'] else ()), *(_OF_LORA if state['adapter'] and config.decoder == 'lora' else ())]
+    for f in fields(RefragConfig):
+        if f.name in brought and getattr(config, f.name) not in (f.default, state['config'].get(f.name)):
+            raise ValueError(f'{config.start} brings its own {f.name}, {state["config"].get(f.name)}: leave it out')
     set_seed(config.seed)
     llm, decoder = _load_decoder(state, config.decoder, config.gradient_checkpointing, config.precision), config.decoder
     if decoder == 'lora' and not state['adapter']: add_lora(llm, rank=config.lora_rank, alpha=config.lora_alpha)
@@ -350,8 +359,9 @@ def _scores(model, selector, prompts, questions, policy, generator) -> tuple[Ten
         return policy_scores(model, policy, prompts, vectors, mask, questions), mask
     if questions is None: raise ValueError('similarity to what? There are no questions')
     features = model.encoder.features
-    found, _ = chunk_vectors(features, prompts, model.encoder.width, device)
-    return similarity_scores(found, mask, question_vectors(features, model.llm, questions, model.k)), mask
+    asked = question_vectors(features, model.llm, questions, model.k)
+    found, _ = chunk_vectors(features, prompts, asked.shape[1], device)
+    return similarity_scores(found, mask, asked), mask
 
 # %% ../../nbs/45_refrag.ipynb #2fa31597
 def policy_scores(
@@ -410,8 +420,8 @@ _KINDS = {'numbers': re.compile(r'\d(?:[\d.,]*\d)?'), 'names': re.compile(r'(?<=
 
 def exact_recall(tokenizer, ids: list[int], right: list[bool]) -> dict[str, tuple[int, int]]:
     "{'numbers', 'names': (those whose every token is right, all of them)} of a stretch of text."
-    pieces = [tokenizer.decode([i]) for i in ids]
-    ends, text = list(accumulate(map(len, pieces))), ''.join(pieces)
+    read = lambda n: tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
+    ends, text = [len(read(i + 1)) for i in range(len(ids))], read(len(ids))
     found = {}
     for kind, pattern in _KINDS.items():
         spans = [(bisect_right(ends, m.start()), bisect_right(ends, m.end() - 1)) for m in pattern.finditer(text)]
@@ -441,12 +451,21 @@ def score_texts(
             for kind, found in exact_recall(model.llm.tokenizer, ids, hit[real].tolist()).items():
                 counts[kind] = [a + b for a, b in zip(counts[kind], found)]
     model.train(was)
+    if not math.isfinite(loss): raise TrainingError(f'the loss on {len(prompts)} rows is {loss}: the decoder’s weights are not all finite')
     return {'loss': loss/n, 'perplexity': math.exp(min(loss/n, 700.)), 'accuracy': right/n, 'n_tokens': n,
             'positions': positions/len(prompts), 'rate': 1 + saved/positions, 'n_dropped': dropped,
             **{f'exact_{kind}': k/m for kind, (k, m) in counts.items() if m},
             **{f'n_{kind}': m for kind, (_, m) in counts.items()}}
 
 # %% ../../nbs/45_refrag.ipynb #e3a6b0b3
+def answer_room(model: Refrag, config: RefragConfig) -> int:
+    "Positions of a prompt that leave `max_new_tokens` for its answer. ValueError where that is none."
+    most = min(config.max_length, decoder_window(model.llm) or config.max_length)
+    if most <= config.max_new_tokens:
+        raise ValueError(f'an answer of {config.max_new_tokens} tokens leaves no room for its prompt within {most}: '
+                         'lower max_new_tokens, or give a larger max_length')
+    return most - config.max_new_tokens
+
 def answer_questions(
     model: Refrag, prompts: list[MixedPrompt], records: list[ReadingRecord], config: RefragConfig,
     batch_size: int = 16, failed: int = 0,  # malformed records: 0 in every score
@@ -454,10 +473,11 @@ def answer_questions(
 ) -> tuple[dict, list[dict]]:
     "(squad/… and strict/… scores, EM of answers that are numbers and of others, prompt positions, rate, dropped passages; predictions)."
     from tqdm import tqdm
+    if not prompts: raise ValueError(f'there is no question to answer (malformed records: {failed})')
     was, _ = model.training, model.eval()
     rows, positions, dropped, stopped, saved = [], 0, 0, 0, 0
     for i in tqdm(range(0, len(prompts), batch_size), progress, unit='batch', disable=progress is None):
-        with torch.no_grad(): batch = model.batch(prompts[i:i + batch_size], max_length=config.max_length)
+        with torch.no_grad(): batch = model.batch(prompts[i:i + batch_size], max_length=answer_room(model, config))
         said = generate(model.llm, batch, max_new_tokens=config.max_new_tokens)
         new = batch.n_tokens.sum(), batch.n_dropped.sum(), said.stopped.sum()
         positions, dropped, stopped = (a + int(b) for a, b in zip((positions, dropped, stopped), new))
@@ -485,30 +505,37 @@ class _Work(NamedTuple):
     shuffle: bool
     counts: dict  # of what was read, for the metrics
 
-def _split(n: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    "Numbers of what is trained on, and of what is held out: at least one of each."
+def _split(parts: list[list[int]], share: float, seed: int) -> tuple[list[int], list[int]]:
+    "Numbers of what is trained on, and of what is held out, at least one of each: whole parts of what belongs together."
+    n = sum(map(len, parts))
     if n < 2: raise TrainingError(f'{n} texts or questions: nothing is left to validate on; give 2 or more')
-    order = random.Random(f'held out {seed}').sample(range(n), n)
-    held = min(max(1, round(share*n)), n - 1)
-    return sorted(order[held:]), sorted(order[:held])
+    most, held = min(max(1, round(share*n)), n - 1), []
+    drawn = random.Random(f'held out {seed}').sample(parts, len(parts))
+    for part in drawn:
+        if len(held) + len(part) <= most: held += part
+    held = held or min(drawn, key=len)
+    return sorted({i for part in parts for i in part} - {*held}), sorted(held)
 
 _ON_QUESTIONS = ('instruct', 'policy')
 
-def _unseen(config: RefragConfig, held: list[int], keys: list, trained_keys) -> list[int]:
-    """The held-out items that no run before this one was trained on; all, where those split the same data in the same way.
-    TrainingError where none is left."""
+def _unseen(config: RefragConfig, held: list[int], keys: list[set[str]], trained_keys) -> list[int]:
+    """The held-out items no text or gold passage of which any run before this one was trained on; all, where those split the same data
+    in the same way. Stages on questions look at such stages only: their passages may stand in the texts of the others. TrainingError
+    where none is left."""
     on_questions = config.stage in _ON_QUESTIONS
     how = (*(('questions', 'n_questions') if on_questions else ('texts',)), 'val_share', 'seed')
     alike = lambda c: [getattr(c, name) for name in how] == [getattr(config, name) for name in how]
     seen = {key for c in runs_before(config) if (c.stage in _ON_QUESTIONS) == on_questions and not alike(c) for key in trained_keys(c)}
-    left = [i for i in held if keys[i] not in seen]
+    left = [i for i in held if not keys[i] & seen]
     if not left: raise TrainingError(f'all {len(held)} texts or questions held out here were trained on by a run before: '
                                      f'give the same {", ".join(how)} as there')
     return left
 
 def _trained_texts(config: RefragConfig) -> list[str]:
     texts = read_texts(config.texts or [_world('train')])
-    return [texts[i] for i in _split(len(texts), config.val_share, config.seed)[0]]
+    return [texts[i] for i in _split(_each(texts), config.val_share, config.seed)[0]]
+
+def _each(items: list) -> list[list[int]]: return [[i] for i in range(len(items))]
 
 def split_texts(config: RefragConfig, tokenizer) -> tuple[Rows, list[list[int]], dict]:
     """(rows to train on, held-out rows of full length, counts). The same for all stages of the same seed, texts and `val_share`; where
@@ -517,8 +544,8 @@ def split_texts(config: RefragConfig, tokenizer) -> tuple[Rows, list[list[int]],
     texts = read_texts(config.texts or [_world('train')], counts=left_out)
     ids = tokenize(tokenizer, texts)
     longest = config.n_context + (0 if config.stage == 'reconstruct' else config.n_next)
-    trained, held = _split(len(ids), config.val_share, config.seed)
-    unseen = _unseen(config, held, texts, _trained_texts)
+    trained, held = _split(_each(ids), config.val_share, config.seed)
+    unseen = _unseen(config, held, [{text} for text in texts], _trained_texts)
     train, val = (Rows([ids[i] for i in part], longest) for part in (trained, unseen))
     rows = val.spread(config.val_rows, config.seed)
     return train, rows, {'n_texts': len(ids), **left_out, 'n_texts_too_short': train.n_short + val.n_short,
@@ -551,28 +578,59 @@ def grouped(records: list[ReadingRecord]) -> list[list[ReadingRecord]]:
     "Records that follow one another with the same passages, together."
     return [list(group) for _, group in groupby(records, lambda r: r.context)]
 
+def gold_passages(group: list[ReadingRecord]) -> set[str]:
+    "The passages that answer a group's questions; all, where it is not said which."
+    return {r.context[i] for r in group for i in (range(len(r.context)) if r.gold is None else r.gold)}
+
+def linked(groups: list[list[ReadingRecord]]) -> list[list[int]]:
+    "The groups' numbers, those in one list that have a gold passage in common, directly or through others."
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    pairs = [(i, passage) for i, group in enumerate(groups) for passage in sorted(gold_passages(group))]
+    number = {passage: len(groups) + n for n, passage in enumerate(dict.fromkeys(passage for _, passage in pairs))}
+    size = len(groups) + len(number)
+    ends = [i for i, _ in pairs], [number[passage] for _, passage in pairs]
+    _, part = connected_components(coo_matrix(([True]*len(pairs), ends), (size, size)), directed=False)
+    found = {}
+    for i in range(len(groups)): found.setdefault(part[i], []).append(i)
+    return list(found.values())
+
 def split_questions(config: RefragConfig) -> tuple[list[list[ReadingRecord]], list[ReadingRecord], dict]:
-    "(groups of records to train on, held-out records, counts)."
+    """(groups of records to train on, held-out records, counts). Where all hang together by their gold passages, held-out questions have
+    some in common with those that are trained on: `n_val_passages_trained` counts these, a line on stderr tells of it."""
     bad = []
     groups = _groups(config, bad)
-    trained, held = _split(len(groups), config.val_share, config.seed)
-    unseen = _unseen(config, held, [tuple(group[0].context) for group in groups], _trained_passages)
+    trained, held = _split_groups(config, groups)
+    gold = [gold_passages(group) for group in groups]
+    unseen = _unseen(config, held, gold, _trained_passages)
     rows = [r for i in unseen for r in groups[i]]
     rows = random.Random(config.seed).sample(rows, min(config.val_rows, len(rows)))
+    known = {passage for i in trained for passage in gold[i]}
+    if n := sum(bool(gold_passages([r]) & known) for r in rows):
+        print(f'{n} of {len(rows)} held-out questions share a passage with some that are trained on: judge by other data', file=sys.stderr)
     return [groups[i] for i in trained], rows, {
         'n_questions': sum(len(groups[i]) for i in trained), 'n_malformed': len(bad), 'n_val_rows': len(rows),
-        'n_held_out_seen': len(held) - len(unseen)}
+        'n_held_out_seen': len(held) - len(unseen), 'n_val_passages_trained': n}
 
 def _groups(config: RefragConfig, bad: list) -> list[list[ReadingRecord]]:
     return grouped(read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions])
 
-def _trained_passages(config: RefragConfig) -> list[tuple[str, ...]]:
-    groups = _groups(config, [])
-    return [tuple(groups[i][0].context) for i in _split(len(groups), config.val_share, config.seed)[0]]
+def _split_groups(config: RefragConfig, groups: list[list[ReadingRecord]]) -> tuple[list[int], list[int]]:
+    parts = linked(groups)
+    return _split(parts if len(parts) > 1 else _each(groups), config.val_share, config.seed)
 
-def _with_all(group: list[ReadingRecord]) -> ReadingRecord:
-    "A group's first record, with all passages as gold where there are others: each question needs its own."
-    return group[0] if len(group) == 1 or group[0].gold is None else group[0].model_copy(update={'gold': [*range(len(group[0].context))]})
+def _trained_passages(config: RefragConfig) -> set[str]:
+    groups = _groups(config, [])
+    return {passage for i in _split_groups(config, groups)[0] for passage in gold_passages(groups[i])}
+
+def _with_all(group: list[ReadingRecord], n_passages: int) -> ReadingRecord:
+    """A group's first record with the passages as gold that any of its questions needs: all, where no more than `n_passages` stand
+    there."""
+    first = group[0]
+    if len(group) == 1 or first.gold is None: return first
+    every = range(len(first.context))
+    needed = every if len(every) <= n_passages else sorted({i for r in group for i in (every if r.gold is None else r.gold)})
+    return first.model_copy(update={'gold': [*needed]})
 
 def group_targets(llm: LLM, groups: list[list[ReadingRecord]]) -> tuple[list[list[int]], list[list[bool]]]:
     "(ids of each group's first answer, then its other questions with their answers; which of them are answers or their EOS)."
@@ -595,7 +653,7 @@ def chunk_rows(prompts: list[MixedPrompt], bos: int, most: int, rng: random.Rand
     return [[Chunks(row), [bos]] for row in rows], [[token for c in row for token in c] for row in rows]
 
 def expanded_share(config: RefragConfig, place: float, rng: random.Random) -> float:
-    "Share of the chunks that stand as tokens in an update at `place` (0 to 1) of the training."
+    "Share of the chunks that stand as tokens in a micro-batch at `place` (0 to 1) of the training, 1 at most."
     if rng.random() < config.text_share: return 1.
     if config.expand_start is None: return config.expand
     mean = config.expand + (config.expand_start - config.expand)*max(0., 1 - place/_FALLING)
@@ -617,7 +675,7 @@ def _question_work(config: RefragConfig, model: Refrag) -> _Work:
     order = random.Random(f'order {config.seed}').sample(range(len(train)), len(train))
     def collate(items):
         rng, groups = random.Random(f'{config.seed} {items[0]}'), [train[order[i]] for i in items]
-        prompts, _ = question_prompts(config, model.llm.tokenizer, [_with_all(group) for group in groups])
+        prompts, _ = question_prompts(config, model.llm.tokenizer, [_with_all(group, config.n_passages) for group in groups])
         if rng.random() < config.reconstruct_share and any(n_chunks(p) for p in prompts):
             rows, targets = chunk_rows(prompts, _start(model.llm), 32*len(items), rng)
             return {'prompts': rows, 'targets': targets, 'n_items': len(items)}
@@ -733,17 +791,24 @@ def evaluate_texts(
     if config.stage == 'reconstruct':
         (refrag, targets), nothing = text_prompts(config, model.llm, rows), [[[_start(model.llm)]]]*len(rows)
         prompts = {'refrag': refrag, 'none': nothing}
-    elif config.expand and controls:
-        for name in SELECTORS:
-            if name in ('similarity', 'overlap') or name == 'policy' and (policy is None or policy.config.question): continue
-            chosen = choose_chunks(model, name, prompts['refrag'], config.expand, policy=policy, seed=config.seed)
-            prompts[f'expand_{name}'] = expand(prompts['refrag'], chosen)
-    found = {name: score_texts(model, some, targets) for name, some in prompts.items() if controls or name == 'refrag'}
-    return _flat_rows(found)
+    measures = {name: lambda some=some: score_texts(model, some, targets) for name, some in prompts.items()}
+    for name in SELECTORS if config.stage != 'reconstruct' and config.expand else ():
+        if name in ('similarity', 'overlap') or name == 'policy' and (policy is None or policy.config.question): continue
+        measures[f'expand_{name}'] = lambda name=name: score_texts(model, expand(prompts['refrag'], choose_chunks(
+            model, name, prompts['refrag'], config.expand, policy=policy, seed=config.seed)), targets)
+    return measures['refrag']() | (_control_rows(measures) if controls else {})
 
-def _flat_rows(found: dict[str, dict]) -> dict:
-    "The row `refrag` as it is, the others with their name before each figure."
-    return {key if name == 'refrag' else f'{name}/{key}': value for name, row in found.items() for key, value in row.items()}
+def _control_rows(measures: dict[str, Callable[[], dict]]) -> dict:
+    "Each control's figures with its name before them; `too_long` alone, and a line on stderr, where the decoder has no room for it."
+    found = {}
+    for name, measure in measures.items():
+        if name == 'refrag': continue
+        try: row = measure()
+        except TooLong as e:
+            print(f'{name}: left out, {e}', file=sys.stderr)
+            row = {'too_long': 1}
+        found |= {f'{name}/{key}': value for key, value in row.items()}
+    return found
 
 # %% ../../nbs/45_refrag.ipynb #fc17d9a7
 def evaluate_questions(
@@ -752,15 +817,16 @@ def evaluate_questions(
     "(scores of `answer_questions` for REFRAG, and with a prefix for each control; REFRAG's predictions)."
     prompts, _ = question_prompts(config, model.llm.tokenizer, records)
     asked = [r.question for r in records]
-    rows = {'refrag': expand_chosen(model, config, prompts, asked, policy)}
-    if controls:
-        rows['full'] = expand(prompts, [set(range(n_chunks(p))) for p in prompts])
-        rows['none'] = [[piece for piece in prompt if not isinstance(piece, Chunks)] for prompt in prompts]
-        if rows['refrag'] is not prompts: rows['vectors'] = prompts
-        for name in SELECTORS[:-1] if config.expand else (): rows[f'expand_{name}'] = expand(prompts, choose_chunks(
-            model, name, prompts, config.expand, questions=asked, seed=config.seed))
-    found = {name: answer_questions(model, some, records, config, failed=failed, progress=name) for name, some in rows.items()}
-    return _flat_rows({name: metrics for name, (metrics, _) in found.items()}), found['refrag'][1]
+    answers = lambda name, some: answer_questions(model, some, records, config, failed=failed, progress=name)
+    chosen = expand_chosen(model, config, prompts, asked, policy)
+    metrics, predictions = answers('refrag', chosen)
+    rows = {'full': lambda: expand(prompts, [set(range(n_chunks(p))) for p in prompts]),
+            'none': lambda: [[piece for piece in prompt if not isinstance(piece, Chunks)] for prompt in prompts]}
+    if chosen is not prompts: rows['vectors'] = lambda: prompts
+    for name in SELECTORS[:-1] if config.expand else (): rows[f'expand_{name}'] = lambda name=name: expand(
+        prompts, choose_chunks(model, name, prompts, config.expand, questions=asked, seed=config.seed))
+    measures = {name: lambda name=name, make=make: answers(name, make())[0] for name, make in rows.items()}
+    return metrics | (_control_rows(measures) if controls else {}), predictions
 
 # %% ../../nbs/45_refrag.ipynb #e3e9998e
 def _records(data: str, split: str, limit: int | None) -> tuple[list[ReadingRecord], list]:
