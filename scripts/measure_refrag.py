@@ -41,12 +41,13 @@ ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in rand
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 on 4 passages after each run: as vectors, with overlapping chunks as tokens, as text',
         'dev questions': 'the same of the world’s dev questions: nothing was chosen by these',
+        'new questions': 'the same after the second run, of questions in names that were never trained on',
         'choices': 'questions at equal rate after the first run, whose decoder has met no choice but random ones',
         'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
         'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
         'blind policy': 'the same with a policy that is shown vectors and question alone, as the paper’s'}
 SHOWN = {'policy': ('attention', 'overlap'), 'cheap policy': ('overlap',), 'blind policy': ()}
-ASKED = ('questions', 'dev questions', 'choices', *SHOWN)
+ASKED = ('questions', 'dev questions', 'new questions', 'choices', *SHOWN)
 READ = ('vectors', 'overlap', 'full')
 OF_QUESTIONS = ('question_groups', 'policy_updates', 'expand', 'limit')
 OF_TEXTS = ('texts', 'n_context', 'n_next', 'batch_size', 'pretrain_updates', 'reconstruct_updates', 'cpt_updates', 'learning_rate',
@@ -86,7 +87,7 @@ class Measurement:
         return self.train(f'tokens-k{self.k}', 'pretrain', self.decoder(), k=self.k, updates=updates, eval_every=updates//5)
 
     def instruct(self, n: int = 2) -> str:
-        "The n-th run on questions, of two; each has questions of its own."
+        "The n-th run on questions, of two; each has questions of its own, which `new_questions` makes."
         changes, rate = {
             1: (dict(val_share=.005, eval_every=400, expand=.12, expand_start=1., reconstruct_share=.35, text_share=.15), 2e-3),
             2: (dict(val_share=.008, val_rows=128, eval_every=500, warmup=.05, expand_by='overlap', expand=.12, expand_start=.3,
@@ -112,14 +113,15 @@ class Measurement:
         if row == 'start': return {start: self.figures(self.cpt(start)) for start in ('reconstruction', 'frozen decoder', 'new encoder')}
         if row == 'text': return evaluate_refrag(self.cpt(), limit=self.args.limit, controls=True)
         if row == 'tokens': return evaluate_refrag(self.tokens(), limit=self.args.limit, controls=True)
-        if row == 'questions': return self.reading('test')
-        if row == 'dev questions': return self.reading('dev')
-        if row == 'choices': return self.reading('test', [1], ['vectors', *(name for name in SELECTORS if name != 'policy'), 'full'])
+        if row == 'questions': return self.reading(WORLD.format('test'))
+        if row == 'dev questions': return self.reading(WORLD.format('dev'))
+        if row == 'new questions': return self.reading(self.new_questions(3)['questions'], [2])
+        if row == 'choices': return self.reading(WORLD.format('test'), [1], ['vectors', *(name for name in SELECTORS if name != 'policy'), 'full'])
         return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
-    def reading(self, split: str, runs=(1, 2), names=READ) -> dict:
+    def reading(self, questions: str, runs=(1, 2), names=READ) -> dict:
         "What the reader as it comes makes of the text, and what is read after each run on questions."
-        records = read_reading(project_folder()/WORLD.format(split))[:self.args.limit]
+        records = read_reading(project_folder()/questions)[:self.args.limit]
 
         def answers(row: str, model: Refrag, config: RefragConfig, name: str = 'full') -> dict:
             prompts, _ = question_prompts(config, model.llm.tokenizer, records)
