@@ -116,7 +116,7 @@ class Measurement:
         if row == 'questions': return self.reading(WORLD.format('test'))
         if row == 'dev questions': return self.reading(WORLD.format('dev'))
         if row == 'new questions': return self.reading(self.new_questions(3)['questions'], [2])
-        if row == 'choices': return self.reading(WORLD.format('test'), [1], ['vectors', *(name for name in SELECTORS if name != 'policy'), 'full'])
+        if row == 'choices': return self.reading(WORLD.format('test'), [1], ['vectors', *SELECTORS[:-1], 'full'])  # no policy yet
         return evaluate_refrag(self.policy(row), WORLD.format('test'), limit=self.args.limit, controls=row == 'policy')
 
     def reading(self, questions: str, runs=(1, 2), names=READ) -> dict:
