@@ -8,7 +8,7 @@ __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_pas
            'chunk_vectors', 'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen',
            'PolicyTask', 'exact_recall', 'score_texts', 'answer_room', 'answer_questions', 'split_texts', 'grouped',
            'gold_passages', 'linked', 'split_questions', 'group_targets', 'chunk_rows', 'expanded_share', 'overlapping',
-           'misread', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
+           'unread', 'misread', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
            'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
@@ -16,7 +16,7 @@ import json, math, random, re, sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -718,6 +718,21 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
 
 # %% ../../nbs/45_refrag.ipynb #cc7edf74
+_TEXT, _ASKED = ('pretrain', 'reconstruct', 'cpt'), ('instruct', 'policy')
+_READ_BY = {
+    **dict.fromkeys(('n_context', 'texts'), _TEXT), 'n_next': ('pretrain', 'cpt'), 'order': ('reconstruct', 'cpt'),
+    'updates': (*_TEXT, 'policy'), 'expand': ('cpt', *_ASKED),
+    **dict.fromkeys(('questions', 'n_questions', 'n_passages', 'question_first', 'boundaries', 'max_length', 'max_new_tokens'), _ASKED),
+    **dict.fromkeys(('expand_start', 'expand_by', 'text_share', 'reconstruct_share'), ('instruct',)),
+    **dict.fromkeys(('policy_hidden', 'policy_question', 'policy_attention', 'policy_overlap', 'group', 'passes', 'clip'), ('policy',)),
+    'trainable': (*_TEXT, 'instruct'), **dict.fromkeys(('train_encoder', 'encoder_rate'), ('reconstruct', 'cpt', 'instruct'))}
+
+def unread(config: RefragConfig) -> list[str]:
+    "Settings other than the default that the config's stage does not read."
+    default = lambda f: f.default if f.default is not MISSING else f.default_factory()
+    elsewhere = [f for f in fields(config) if config.stage not in _READ_BY.get(f.name, (config.stage,))]
+    return [f.name for f in elsewhere if getattr(config, f.name) != default(f)]
+
 def misread(encoder: ChunkEncoder | None) -> dict:
     "Of the chunks that a text encoder was given, each time that it was: those longer than its window, those with a letter broken in two."
     return {} if encoder is None or encoder.tokenizer is None else {'n_chunks_cut': encoder.n_cut, 'n_chunks_broken': encoder.n_broken}
@@ -737,6 +752,7 @@ def train_refrag(
         make = {'instruct': _question_work, 'policy': _policy_work}.get(config.stage, _text_work)
         work = make(config, model)
         if not any(p.requires_grad for p in work.model.parameters()): raise TrainingError('nothing is left to train: all parts are frozen')
+        if r.writes and (names := unread(config)): print(f'the stage {config.stage} does not read {", ".join(names)}', file=sys.stderr)
         rates = {'encoder': config.encoder_rate} if config.encoder_rate and config.stage not in ('policy', 'pretrain') else None
         told = fit(work.model, work.items, work.collate, config, r, work.measure, work.metric, work.greater,
                    label=config.stage, learning_rates=rates, shuffle=work.shuffle,
