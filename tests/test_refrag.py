@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,19 @@ def test_the_stages_after_it(home, whole, drag):
     one_error(err, 'bad.jsonl:2', 'context')
     code, out, err = drag('diagnose whole --json')
     assert 'vectors.png' in {p.name for p in (home/'figures'/'whole').iterdir()}, err
+
+
+def test_an_inf_in_the_projector_is_no_bad_figure(home, whole, drag):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(home/'checkpoints'/'whole', folder := home/'checkpoints'/'broken')
+    (folder/'refrag.json').write_text((folder/'refrag.json').read_text().replace('"encoder": "whole"', '"encoder": "broken"'))
+    weights = load_file(file := folder/'encoder'/'chunk_encoder.safetensors')
+    name = next(name for name in weights if 'projector' in name and name.endswith('bias'))
+    weights[name][0] = float('inf')
+    save_file(weights, file)
+    code, out, err = drag('eval broken --data other.jsonl --json')
+    assert (code, out) == (1, '')
+    one_error(err, 'chunk vectors are not finite', f'parameter {name}')
 
 
 def test_ask_a_corpus(home, whole, drag):
