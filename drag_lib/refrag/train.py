@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from itertools import accumulate, chain, groupby, islice
+from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -416,15 +416,18 @@ class PolicyTask(nn.Module):
         return -scored.mean.view(masks.shape[:2])
 
 # %% ../../nbs/45_refrag.ipynb #c363c910
-_KINDS = {'numbers': re.compile(r'\d(?:[\d.,]*\d)?'), 'names': re.compile(r'(?<=[^.!?\n] )[A-Z][\w’\'-]+')}
+_KINDS = {'numbers': re.compile(r'\d(?:[\d.,]*\d)?'), 'names': re.compile(r'(?<=[^.!?\n] )[^\W\d_][\w’\'-]+')}
 
 def exact_recall(tokenizer, ids: list[int], right: list[bool]) -> dict[str, tuple[int, int]]:
     "{'numbers', 'names': (those whose every token is right, all of them)} of a stretch of text."
-    read = lambda n: tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
-    ends, text = [len(read(i + 1)) for i in range(len(ids))], read(len(ids))
+    read = lambda some: tokenizer.decode(some, clean_up_tokenization_spaces=False)
+    pieces = [read(ids[:1]), *(read([a, b])[len(read([a])):] for a, b in pairwise(ids))]  # a space may show only after another token
+    ends, text = list(accumulate(map(len, pieces))), read(ids)
+    if ends[-1] != len(text): text = ''.join(pieces)  # a letter in several tokens
     found = {}
     for kind, pattern in _KINDS.items():
-        spans = [(bisect_right(ends, m.start()), bisect_right(ends, m.end() - 1)) for m in pattern.finditer(text)]
+        spans = [(bisect_right(ends, m.start()), bisect_right(ends, m.end() - 1)) for m in pattern.finditer(text)
+                 if kind == 'numbers' or m[0][0].isupper()]
         found[kind] = sum(all(right[a:b + 1]) for a, b in spans), len(spans)
     return found
 
