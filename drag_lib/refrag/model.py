@@ -153,13 +153,15 @@ def is_chunk(prompts: list[MixedPrompt], n_dropped: list[int]) -> list[list[bool
 
 # %% ../../nbs/43_model.ipynb #d9932df4
 def _attention(self: Refrag, prompts: list[MixedPrompt]) -> Tensor:  # [B, L, layers·heads], 0 at padding
-    "Attention of each prompt's last position to each of its chunks, all as vectors. ValueError for a decoder without attention."
+    """Attention of each prompt's last position to each of its chunks, all as vectors; 0 for those of passages that the window has no room
+    for. ValueError for a decoder without attention."""
     prompts = expand(prompts, [set()]*len(prompts))
-    batch = self.batch(prompts)
+    batch = self.batch(prompts, max_length=decoder_window(self.llm))
     weights, given = last_attention(self.llm, batch).transpose(1, 2), batch.input_ids == -1
-    chunks = is_chunk(prompts, [0]*len(prompts))
+    chunks = is_chunk(prompts, batch.n_dropped.tolist())
     rows = [row[at][torch.tensor(some, dtype=torch.bool, device=at.device)] for row, at, some in zip(weights, given, chunks)]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    seen = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return F.pad(seen, (0, 0, 0, max(map(n_chunks, prompts)) - seen.shape[1]))
 
 Refrag.attention = _attention
 
