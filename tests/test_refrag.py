@@ -216,6 +216,8 @@ def test_every_option_changes_something(home, whole, monkeypatch):
     from drag_lib.runs import check_value
     from drag_lib.training import TrainConfig
     kinds = typing.get_type_hints(RefragConfig, include_extras=True)
+    monkeypatch.setattr('drag_lib.refrag.train.save_figure', lambda *_, **__: None)  # fifty plots are a third of the time
+    monkeypatch.setattr('drag_lib.refrag.train.plot_stage', lambda *_: None)
     monkeypatch.setenv('DRAG_HOME', str(home))
     monkeypatch.chdir(home)
 
