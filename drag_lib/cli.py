@@ -464,7 +464,7 @@ def _encode(
     vectors: Annotated[str | None, typer.Option(help="File of chunk vectors; without: the run's own, which drag ask reads.")] = None,
     as_json: _Json = False,
 ):
-    "Compute the vectors of all of an index's chunks that are not kept yet; those of the run before it changed are forgotten."
+    "Compute the vectors of all of an index's chunks that are not kept yet."
     _print(_call(as_json, _library('drag_lib.refrag.answers', 'encode_corpus'), run, index, vectors=vectors), as_json)
 
 @refrag_app.command('budget', context_settings=_words)

@@ -41,7 +41,7 @@ ROWS = {'curriculum': 'reconstruction with the curriculum, with its rows in rand
         'tokens': 'perplexity after as many updates on plain tokens: full, last s/k tokens, none',
         'questions': 'F1 on 4 passages after each run: as vectors, with overlapping chunks as tokens, as text',
         'dev questions': 'the same of the world’s dev questions: nothing was chosen by these',
-        'new questions': 'the same after the second run, of questions in names that were never trained on',
+        'new questions': 'the same after the second run, of questions drawn as those of training, with new passages',
         'choices': 'questions at equal rate after the first run, whose decoder has met no choice but random ones',
         'policy': 'questions at equal rate: policy, overlap, attention, perplexity, similarity, first, last, random',
         'cheap policy': 'the same with a policy that is shown the overlap, but not the attention',
@@ -105,7 +105,7 @@ class Measurement:
         shown = SHOWN[row]
         return self.train(row.replace(' ', '-'), 'policy', self.instruct(), **self.new_questions(2), val_share=.008,
                           policy_attention='attention' in shown, policy_overlap='overlap' in shown, expand=self.args.expand,
-                          updates=self.args.policy_updates, batch_size=16, eval_every=max(self.args.policy_updates//4, 1),
+                          updates=self.args.policy_updates, batch_size=16, eval_every=2*max(self.args.policy_updates//8, 1),
                           optimizer='adamw', learning_rate=5e-4)
 
     def measure(self, row: str) -> dict:

@@ -88,10 +88,9 @@ def encode_corpus(
     run: str, index: str,
     *, vectors: str | None = None,  # file of chunk vectors; none: the run's own
 ) -> dict:
-    """Compute the vectors of all chunks of an index's passages once, and forget those that the run computed before it was trained
-    further: {'n_computed', 'n_forgotten', 'vectors': the file}."""
+    "Compute the vectors of all chunks of an index's passages that are not kept yet: {'n_computed', 'vectors': the file}."
     reader = CorpusReader(run, index, vectors)
-    return {'n_computed': reader.encode_all('passages'), 'n_forgotten': reader.model.store.prune(), 'vectors': str(reader.model.store.path)}
+    return {'n_computed': reader.encode_all('passages'), 'vectors': str(reader.model.store.path)}
 
 def ask_corpus(
     run: str, question: str, index: str,

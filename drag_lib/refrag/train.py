@@ -98,8 +98,6 @@ class RefragConfig(TrainConfig):
             raise ValueError(f'n_context = {self.n_context} is no stage of the curriculum at k = {self.k}: give one of {lengths}')
         if self.stage == 'policy' and not (self.start and 0 < self.expand < 1):
             raise ValueError('the policy needs the run whose decoder rewards it, and how much to expand: give start, and expand above 0')
-        if self.stage == 'policy' and (self.eval_every or 0) % self.passes:
-            raise ValueError(f'eval_every = {self.eval_every}: a checkpoint keeps no choices, so give a multiple of passes, {self.passes}')
         if self.expand_start is not None and self.epochs > 1:
             raise ValueError('expand_start falls over one epoch: leave epochs at 1, and give more questions')
         if self.start and self.llm: raise ValueError('start brings its own decoder: leave llm out')
@@ -237,6 +235,11 @@ def _load_decoder(state: dict, decoder: str, checkpointing: bool = False, precis
     if state['adapter'] and decoder == 'all': llm.model = llm.model.merge_and_unload()
     return llm
 
+def _maker(run: str, part: str) -> RefragConfig:
+    "The config of the stage in which a part of this run was new: later ones take its shape from there."
+    config = _config_of(run)
+    return _maker(config.start, part) if config.start and _state_of(config.start)[part] else config
+
 _OF_ENCODER, _OF_LORA = ('pooling', 'normalize', 'residual', 'projector_hidden'), ('lora_rank', 'lora_alpha')
 
 def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
@@ -246,10 +249,11 @@ def build_refrag(config: RefragConfig) -> tuple[Refrag, dict]:
     if state['encoder'] and config.encoder: raise ValueError('start brings its own encoder: leave encoder out')
     if state['encoder'] and state['config']['k'] != config.k:
         raise ValueError(f'{config.start} was trained with k = {state["config"]["k"]}: give the same')
-    brought = [*(_OF_ENCODER if state['encoder'] else ()), *(_OF_LORA if state['adapter'] and config.decoder == 'lora' else ())]
-    for f in fields(RefragConfig):
-        if f.name in brought and getattr(config, f.name) not in (f.default, state['config'].get(f.name)):
-            raise ValueError(f'{config.start} brings its own {f.name}, {state["config"].get(f.name)}: leave it out')
+    for part, names in (('encoder', _OF_ENCODER), ('adapter', _OF_LORA if config.decoder == 'lora' else ())):
+        made = _maker(state[part], part) if state[part] else config
+        for f in fields(RefragConfig):
+            if f.name in names and getattr(config, f.name) not in (f.default, getattr(made, f.name)):
+                raise ValueError(f'{config.start} brings its own {f.name}, {getattr(made, f.name)}: leave it out')
     set_seed(config.seed)
     llm, decoder = _load_decoder(state, config.decoder, config.gradient_checkpointing, config.precision), config.decoder
     if decoder == 'lora' and not state['adapter']: add_lora(llm, rank=config.lora_rank, alpha=config.lora_alpha)
@@ -426,7 +430,8 @@ def exact_recall(tokenizer, ids: list[int], right: list[bool]) -> dict[str, tupl
     if ends[-1] != len(text): text = ''.join(pieces)  # a letter in several tokens
     found = {}
     for kind, pattern in _KINDS.items():
-        spans = [(bisect_right(ends, m.start()), bisect_right(ends, m.end() - 1)) for m in pattern.finditer(text)
+        last = lambda m: max(bisect_right(ends, m.end() - 1), bisect_right(ends, m.end()) - 1)  # all tokens of a last letter
+        spans = [(bisect_right(ends, m.start()), last(m)) for m in pattern.finditer(text)
                  if kind == 'numbers' or m[0][0].isupper()]
         found[kind] = sum(all(right[a:b + 1]) for a, b in spans), len(spans)
     return found
@@ -582,8 +587,8 @@ def grouped(records: list[ReadingRecord]) -> list[list[ReadingRecord]]:
     return [list(group) for _, group in groupby(records, lambda r: r.context)]
 
 def gold_passages(group: list[ReadingRecord]) -> set[str]:
-    "The passages that answer a group's questions; all, where it is not said which."
-    return {r.context[i] for r in group for i in (range(len(r.context)) if r.gold is None else r.gold)}
+    "The passages that answer a group's questions; all, where it is not said which, or none does."
+    return {r.context[i] for r in group for i in r.gold or range(len(r.context))}
 
 def linked(groups: list[list[ReadingRecord]]) -> list[list[int]]:
     "The groups' numbers, those in one list that have a gold passage in common, directly or through others."
@@ -746,6 +751,8 @@ def train_refrag(
     resume: bool = False,  # go on with the run of this name
 ) -> dict:
     "Train one stage as a run; its flat metrics on what was held out."
+    if config.stage == 'policy' and (config.eval_every or 0) % config.passes:
+        raise ValueError(f'eval_every = {config.eval_every}: a checkpoint keeps no choices, so give a multiple of passes, {config.passes}')
     if resume and run and (done := finished_run(run, asdict(config))): return done.metrics
     data = {f'texts {i}': project_path(source) for i, source in enumerate(config.texts)}
     if config.questions: data['questions'] = project_path(config.questions)
