@@ -6,8 +6,8 @@
 __all__ = ['MAX_NAME', 'Name', 'Text', 'Triple', 'AUDIT_MAX', 'AUDIT_MIN', 'RecordError', 'QuestionRecord', 'validate_row',
            'read_lines', 'read_rows', 'iter_questions', 'read_questions', 'write_questions', 'ReadingRecord',
            'read_reading', 'write_reading', 'RetrievalSet', 'document_text', 'one_file_of', 'read_retrieval',
-           'write_retrieval', 'read_plain', 'read_documents', 'audit_questions', 'audit_table', 'split_questions',
-           'split_file', 'convert_questions']
+           'write_retrieval', 'read_plain', 'read_documents', 'audit_questions', 'audit_table', 'linked_groups',
+           'split_questions', 'split_file', 'convert_questions']
 
 # %% ../nbs/01_records.ipynb #0c594b47
 import csv, gzip, itertools, json, re, reprlib, unicodedata, zlib
@@ -631,8 +631,8 @@ def audit_table(audit: dict, maximum: dict = AUDIT_MAX, minimum: dict = AUDIT_MI
     return pd.DataFrame.from_dict(table, orient='index')
 
 # %% ../nbs/01_records.ipynb #2e012484
-def _components(names: list[list[str]]) -> list[int]:
-    "A group number for each question: questions that share a name, directly or through others, have the same."
+def linked_groups(names: list[list[str]]) -> list[int]:
+    "A group number for each item, by its names: items that share a name, directly or through others, have the same."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
     n, column = len(names), defaultdict(itertools.count(len(names)).__next__)
@@ -653,7 +653,7 @@ def split_questions(
         raise ValueError(f'shares must be positive and sum to 1, got {shares}')
     if by == 'question': keys = [_plain(r.question) for r in records]
     elif by == 'template': keys = [_template(r, answers=True) for r in records]
-    elif by == 'topic': keys = _components([r.q_entity for r in records])
+    elif by == 'topic': keys = linked_groups([r.q_entity for r in records])
     else: raise ValueError(f"split by 'question', 'topic' or 'template', not {by!r}")
     sizes = Counter(keys)
     groups = list(sizes)

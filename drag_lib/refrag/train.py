@@ -7,8 +7,8 @@ __all__ = ['Share', 'Rate', 'SELECTORS', 'RefragConfig', 'read_texts', 'join_pas
            'question_prompts', 'answer_ids', 'runs_before', 'build_refrag', 'save_refrag', 'load_refrag', 'chunk_mask',
            'chunk_vectors', 'question_vectors', 'question_overlap', 'choose_chunks', 'policy_scores', 'expand_chosen',
            'PolicyTask', 'exact_recall', 'score_texts', 'answer_room', 'answer_questions', 'split_texts', 'grouped',
-           'gold_passages', 'linked', 'split_questions', 'group_targets', 'chunk_rows', 'expanded_share', 'overlapping',
-           'unread', 'misread', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
+           'gold_passages', 'split_questions', 'group_targets', 'chunk_rows', 'expanded_share', 'overlapping', 'unread',
+           'misread', 'train_refrag', 'plot_stage', 'context_prompts', 'evaluate_texts', 'evaluate_questions',
            'evaluate_refrag', 'diagnose_refrag']
 
 # %% ../../nbs/45_refrag.ipynb #5e0a3023
@@ -32,7 +32,7 @@ from ..llm import LLM, add_lora, load_adapter, load_llm, save_adapter
 from ..metrics import score_predictions, split_answers
 from ..plots import plot_training, save_figure
 from ..prompts import ANSWER_HEADER, NO_ANSWER, TooLong, build_batch, decoder_window, generate, last_attention, tokenize
-from ..records import ReadingRecord, RecordError, read_plain, read_reading, read_rows
+from ..records import ReadingRecord, RecordError, linked_groups, read_plain, read_reading, read_rows
 from .curriculum import LENGTHS, schedule, stage_counts
 from .encoder import ChunkEncoder, load_encoder
 from .model import (Chunks, MixedPrompt, Refrag, cut, expand, is_chunk, n_chunks, passages_prompt, saved_positions,
@@ -590,19 +590,6 @@ def gold_passages(group: list[ReadingRecord]) -> set[str]:
     "The passages that answer a group's questions; all, where it is not said which, or none does."
     return {r.context[i] for r in group for i in r.gold or range(len(r.context))}
 
-def linked(groups: list[list[ReadingRecord]]) -> list[list[int]]:
-    "The groups' numbers, those in one list that have a gold passage in common, directly or through others."
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-    pairs = [(i, passage) for i, group in enumerate(groups) for passage in sorted(gold_passages(group))]
-    number = {passage: len(groups) + n for n, passage in enumerate(dict.fromkeys(passage for _, passage in pairs))}
-    size = len(groups) + len(number)
-    ends = [i for i, _ in pairs], [number[passage] for _, passage in pairs]
-    _, part = connected_components(coo_matrix(([True]*len(pairs), ends), (size, size)), directed=False)
-    found = {}
-    for i in range(len(groups)): found.setdefault(part[i], []).append(i)
-    return list(found.values())
-
 def split_questions(config: RefragConfig) -> tuple[list[list[ReadingRecord]], list[ReadingRecord], dict]:
     """(groups of records to train on, held-out records, counts). Where all hang together by their gold passages, held-out questions have
     some in common with those that are trained on: `n_val_passages_trained` counts these, a line on stderr tells of it."""
@@ -624,8 +611,9 @@ def _groups(config: RefragConfig, bad: list) -> list[list[ReadingRecord]]:
     return grouped(read_reading(project_path(config.questions or _world('train')), bad)[:config.n_questions])
 
 def _split_groups(config: RefragConfig, groups: list[list[ReadingRecord]]) -> tuple[list[int], list[int]]:
-    parts = linked(groups)
-    return _split(parts if len(parts) > 1 else _each(groups), config.val_share, config.seed)
+    parts = {}
+    for i, part in enumerate(linked_groups([sorted(gold_passages(group)) for group in groups])): parts.setdefault(part, []).append(i)
+    return _split([*parts.values()] if len(parts) > 1 else _each(groups), config.val_share, config.seed)
 
 def _trained_passages(config: RefragConfig) -> set[str]:
     groups = _groups(config, [])
@@ -680,6 +668,7 @@ def overlapping(llm: LLM, prompts: list[MixedPrompt], questions: list[list[str]]
 
 def _question_work(config: RefragConfig, model: Refrag) -> _Work:
     train, held, counts = split_questions(config)
+    answer_room(model, config)  # where there is none, it is said before anything is trained
     order = random.Random(f'order {config.seed}').sample(range(len(train)), len(train))
     def collate(items):
         rng, groups = random.Random(f'{config.seed} {items[0]}'), [train[order[i]] for i in items]
@@ -726,14 +715,15 @@ def _policy_work(config: RefragConfig, model: Refrag) -> _Work:
     return _Work(task, items, collate, measure, 'reward', True, False, counts)
 
 # %% ../../nbs/45_refrag.ipynb #cc7edf74
-_TEXT, _ASKED = ('pretrain', 'reconstruct', 'cpt'), ('instruct', 'policy')
+_ON_TEXTS = ('pretrain', 'reconstruct', 'cpt')
 _READ_BY = {
-    **dict.fromkeys(('n_context', 'texts'), _TEXT), 'n_next': ('pretrain', 'cpt'), 'order': ('reconstruct', 'cpt'),
-    'updates': (*_TEXT, 'policy'), 'expand': ('cpt', *_ASKED),
-    **dict.fromkeys(('questions', 'n_questions', 'n_passages', 'question_first', 'boundaries', 'max_length', 'max_new_tokens'), _ASKED),
+    **dict.fromkeys(('n_context', 'texts'), _ON_TEXTS), 'n_next': ('pretrain', 'cpt'), 'order': ('reconstruct', 'cpt'),
+    'updates': (*_ON_TEXTS, 'policy'), 'expand': ('cpt', *_ON_QUESTIONS),
+    **dict.fromkeys(('questions', 'n_questions', 'n_passages', 'question_first', 'boundaries', 'max_length', 'max_new_tokens'),
+                    _ON_QUESTIONS),
     **dict.fromkeys(('expand_start', 'expand_by', 'text_share', 'reconstruct_share'), ('instruct',)),
     **dict.fromkeys(('policy_hidden', 'policy_question', 'policy_attention', 'policy_overlap', 'group', 'passes', 'clip'), ('policy',)),
-    'trainable': (*_TEXT, 'instruct'), **dict.fromkeys(('train_encoder', 'encoder_rate'), ('reconstruct', 'cpt', 'instruct'))}
+    'trainable': (*_ON_TEXTS, 'instruct'), **dict.fromkeys(('train_encoder', 'encoder_rate'), ('reconstruct', 'cpt', 'instruct'))}
 
 def unread(config: RefragConfig) -> list[str]:
     "Settings other than the default that the config's stage does not read."
@@ -876,7 +866,7 @@ def evaluate_refrag(
     return found
 
 def _evaluated(model, policy, config, data, split, limit, skip_bad, predictions, controls) -> dict:
-    if config.stage in ('instruct', 'policy'):
+    if config.stage in _ON_QUESTIONS:
         if data is None: records, bad = split_questions(replace(config, val_rows=limit or sys.maxsize))[1], []
         else: records, bad = _records(data, split, limit)
         if bad and not skip_bad: raise bad[0]
@@ -901,7 +891,7 @@ def diagnose_refrag(
     from drag_lib.vectors import draw_vectors, measure_vectors, vector_gate
     model, policy, config = load_refrag(run)
     if model.encoder is None: raise RunError(f'run {run!r} trained a decoder alone: there are no chunk vectors to look at')
-    if config.stage in ('instruct', 'policy'):
+    if config.stage in _ON_QUESTIONS:
         some = split_questions(replace(config, val_rows=limit or 64))[1] if data is None else _records(data, split, limit)[0]
         prompts, answers = question_prompts(config, model.llm.tokenizer, some)
         targets = answer_ids(model.llm, answers)
