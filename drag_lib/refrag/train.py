@@ -769,7 +769,12 @@ def plot_stage(log: list[dict], title: str = ''):
     fig = plot_training(log, ('first', 'last'), ('accuracy', 'squad/f1', 'exact_numbers', 'exact_names'), title)
     for ax in fig.axes[:1]: ax.set(ylabel='loss (nats per token)', yscale='linear')
     fig.axes[2].set(ylabel='on held-out rows')
-    if title == 'policy': fig.axes[0].set(ylabel='loss (clipped, of the choices drawn)')
+    if title == 'policy':
+        fig.axes[0].set(ylabel='loss: clipped, of choices drawn\n(validation: of the answers)')
+        held, ax = [row for row in log if 'val/reward' in row], fig.axes[2]
+        ax.plot([row['step'] for row in held], [row['val/reward'] for row in held], 'o-', label='chosen')
+        ax.plot([row['step'] for row in held], [-row['val/random/loss'] for row in held], 's--', label='random')
+        ax.set(ylabel='reward on held-out rows'); ax.autoscale(); ax.legend(frameon=False, fontsize=8)
     return fig
 
 # %% ../../nbs/45_refrag.ipynb #f62becbb
